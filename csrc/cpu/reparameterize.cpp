@@ -1,0 +1,108 @@
+// z = mean + exp(logvar / 2) eps, with the KL divergence to N(0, 1) from the same pass, and the
+// gradients of both with eps drawn again: Kingma & Welling, "Auto-encoding variational Bayes"
+// (2014), section 2.4 and appendix B.
+#include <math.h>
+
+#include "kernels.h"
+#include "noise.h"
+
+namespace fastgen::FASTGEN_ISA {
+namespace {
+
+struct Buffers {
+    alignas(64) float mean[kChunk], logvar[kChunk], noise[kChunk], grad[kChunk], out[kChunk];
+};
+
+// exp(logvar / 2) into `deviation`, clamped log-variance into `clamped`.
+void deviations(const ReparameterizeParams& p, const float* logvar, int64_t count, float* clamped,
+                float* deviation) {
+    const float low = p.clamp_low, high = p.clamp_high;
+    for (int64_t i = 0; i < count; ++i) {
+        const float raised = logvar[i] < low ? low : logvar[i];
+        clamped[i] = raised > high ? high : raised;
+        deviation[i] = exp_any(0.5f * clamped[i]);
+    }
+}
+
+const float* noise_of(const ReparameterizeParams& p, const Tile& tile, float* buffer) {
+    if (p.given_noise.data) return load(p.shape, p.given_noise, tile, buffer);
+    fill_normal(buffer, p.key, p.stream, tile);
+    return buffer;
+}
+
+void forward_tile(const ReparameterizeParams& p, const Tile& tile, int64_t chunks) {
+    Buffers b;
+    alignas(64) float deviation[kChunk];
+    const int64_t count = tile.count;
+    const float* mean = load(p.shape, p.mean, tile, b.mean);
+    deviations(p, load(p.shape, p.logvar, tile, b.logvar), count, b.logvar, deviation);
+    float* divergence = b.grad;
+    if (p.partials) {  // before z is written: out may be mean or logvar itself
+        for (int64_t i = 0; i < count; ++i)
+            divergence[i] =
+                ((mean[i] * mean[i] + deviation[i] * deviation[i]) - 1.0f) - b.logvar[i];
+        for (int64_t i = count; i < kChunk; ++i) divergence[i] = 0.0f;
+        p.partials[tile.sample * chunks + tile.start / kChunk] = sum_chunk(divergence);
+    }
+    if (!p.out.data) return;
+    const float* z = noise_of(p, tile, b.noise);
+    for (int64_t i = 0; i < count; ++i) b.out[i] = mean[i] + deviation[i] * z[i];
+    store(p.shape, p.out, tile, b.out);
+}
+
+void backward_tile(const ReparameterizeParams& p, const Tile& tile) {
+    Buffers b;
+    alignas(64) float deviation[kChunk], clamped[kChunk], result[kChunk];
+    const int64_t count = tile.count;
+    const float* mean = load(p.shape, p.mean, tile, b.mean);
+    const float* logvar = load(p.shape, p.logvar, tile, b.logvar);
+    deviations(p, logvar, count, clamped, deviation);
+    const float* grad = nullptr;
+    if (p.grad_out.data) grad = load(p.shape, p.grad_out, tile, b.grad);
+    const float grad_kl = p.grad_kl ? p.grad_kl[tile.sample] : 0.0f;
+    if (p.grad_logvar.data) {
+        float* to = b.out;
+        if (grad) {
+            const float* z = noise_of(p, tile, b.noise);
+            for (int64_t i = 0; i < count; ++i) to[i] = 0.5f * (grad[i] * (deviation[i] * z[i]));
+        } else {
+            for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
+        }
+        if (p.grad_kl)
+            for (int64_t i = 0; i < count; ++i)
+                to[i] = to[i] + (0.5f * grad_kl) * (deviation[i] * deviation[i] - 1.0f);
+        for (int64_t i = 0; i < count; ++i) to[i] = clamped[i] == logvar[i] ? to[i] : 0.0f;
+        store(p.shape, p.grad_logvar, tile, to);
+    }
+    if (p.grad_noise.data) {
+        for (int64_t i = 0; i < count; ++i) result[i] = grad[i] * deviation[i];
+        store(p.shape, p.grad_noise, tile, result);
+    }
+    if (p.grad_mean.data) {
+        for (int64_t i = 0; i < count; ++i) {
+            float sum = grad ? grad[i] : 0.0f;
+            if (p.grad_kl) sum = sum + grad_kl * mean[i];
+            result[i] = sum;
+        }
+        store(p.shape, p.grad_mean, tile, result);
+    }
+}
+
+}  // namespace
+
+void reparameterize(const ReparameterizeParams& p, int threads) {
+    const int64_t chunks = (p.shape.elements + kChunk - 1) / kChunk;
+    for_each_tile(p.shape, threads, [&](const Tile& tile) { forward_tile(p, tile, chunks); });
+    if (!p.kl) return;
+    parallel_for(p.shape.batch, threads, [&](int64_t begin, int64_t end) {
+        IeeeMode ieee;
+        for (int64_t sample = begin; sample < end; ++sample)
+            p.kl[sample] = chunks ? 0.5f * sum_tree(p.partials + sample * chunks, chunks) : 0.0f;
+    });
+}
+
+void reparameterize_backward(const ReparameterizeParams& p, int threads) {
+    for_each_tile(p.shape, threads, [&](const Tile& tile) { backward_tile(p, tile); });
+}
+
+}  // namespace fastgen::FASTGEN_ISA

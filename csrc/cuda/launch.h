@@ -1,0 +1,14 @@
+// Entry points of the CUDA kernels: each runs on `stream` (a cudaStream_t) and returns a cudaError_t.
+#pragma once
+
+#include "../params.h"
+
+namespace fastgen::cuda {
+
+int step(const StepParams&, void* stream);
+int reparameterize(const ReparameterizeParams&, void* stream);
+int reparameterize_backward(const ReparameterizeParams&, void* stream);
+int rescale(const RescaleParams&, void* stream);
+const char* error_string(int error);
+
+}  // namespace fastgen::cuda

@@ -1,0 +1,50 @@
+"""fastgen: native-accelerated samplers for generative models."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import solvers
+from .backends import info
+from .loop import Loop, sample
+from .ops.forward import add_noise
+from .ops.guidance import cfg_combine, combine
+from .ops.noise import philox4x32, randn
+from .ops.reparameterize import gaussian_kl, gaussian_kl_monte_carlo, reparameterize
+from .ops.step import ddim_step, ddpm_step, step
+from .plan import Output, Plan, Row, stack_rows
+from .schedules import NoiseSchedule
+
+try:
+    from .ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
+except ImportError:
+    pass
+
+try:
+    __version__ = version("fastgen-samplers")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0"
+
+__all__ = [
+    "Loop",
+    "NoiseSchedule",
+    "Output",
+    "Plan",
+    "Row",
+    "add_noise",
+    "cfg_combine",
+    "combine",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "ddim_step",
+    "ddpm_step",
+    "gaussian_kl",
+    "gaussian_kl_monte_carlo",
+    "info",
+    "philox4x32",
+    "randn",
+    "reparameterize",
+    "sample",
+    "solvers",
+    "stack_rows",
+    "step",
+]

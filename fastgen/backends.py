@@ -1,0 +1,142 @@
+"""The one place that chooses a backend for an op, and can say why.
+
+``reference``: eager PyTorch, any device. ``cpu``: C++. ``cuda``: CUDA C++. ``triton``: Triton, on
+CUDA and ROCm devices (on the CPU in Triton's interpreter, for checking).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+
+try:
+    from . import _native
+except ImportError as error:  # a broken or missing build must not hide the reference
+    _native = None  # type: ignore[assignment]
+    _native_error = str(error)
+else:
+    _native_error = ""
+    _native.set_dtypes(torch.float32, torch.bfloat16, torch.float16)
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
+OPS = {  # op: what has a kernel for it
+    "step": BACKENDS,
+    "reparameterize": BACKENDS,
+    "rescale": BACKENDS,
+    "conv_transpose": ("triton", "cpu", "reference"),
+}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def native():
+    """The compiled module; ImportError, with the reason, where it is missing."""
+    if _native is None:
+        raise ImportError(f"fastgen's compiled module could not be loaded: {_native_error}")
+    return _native
+
+
+@functools.cache
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """Why ``backend`` cannot serve, or an empty string where it can."""
+    if backend not in OPS[op]:
+        return f"{op} has no {backend} kernel"
+    if backend == "reference":
+        return ""
+    if dtype not in KERNEL_DTYPES:
+        return f"{dtype} is served by the reference alone"
+    if backend in ("cpu", "cuda"):
+        if device_type != backend:
+            return f"the tensors are on {device_type}"
+        if _native is None:
+            return f"the compiled module could not be loaded: {_native_error}"
+    if backend == "cuda":
+        if not _native.cuda_architectures:
+            return "built without CUDA (no nvcc was found)"
+        if torch.version.cuda is None:
+            return "this torch has no CUDA"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if triton_interpreted() != (device_type == "cpu"):
+            return (
+                "on the CPU it runs in Triton's interpreter alone (TRITON_INTERPRET=1)"
+                if device_type == "cpu"
+                else "TRITON_INTERPRET is set"
+            )
+        if device_type not in ("cpu", "cuda"):
+            return f"the tensors are on {device_type}"
+    return ""
+
+
+@functools.cache
+def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+    if backend is not None:
+        if backend not in BACKENDS:
+            known = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"backend: got {backend!r}, expected one of {known} or None")
+        reason = refusal(op, backend, device_type, dtype)
+        if reason:
+            raise ValueError(f"backend: {backend!r} cannot serve {op} here: {reason}")
+        return backend
+    reasons = []
+    for candidate in OPS[op]:
+        if candidate == "triton" and device_type == "cpu":
+            continue  # the interpreter is for checking, never a default
+        reason = refusal(op, candidate, device_type, dtype)
+        if not reason:
+            if candidate == "reference" and device_type != "cpu" and dtype in KERNEL_DTYPES:
+                warnings.warn(
+                    f"fastgen: {op} on {device_type} falls back to the eager reference: "
+                    + "; ".join(reasons),
+                    stacklevel=4,
+                )
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    raise AssertionError("the reference serves everything")
+
+
+def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for an op: the one asked for, or the best that serves this device and dtype.
+
+    Raises ValueError for an unknown backend, or for a named one that cannot serve (with why).
+    """
+    return _choose(op, backend, device.type, dtype)
+
+
+def table(device_types: tuple[str, ...] = ("cpu", "cuda")) -> list[tuple[str, str, str, str]]:
+    """Rows of (op, device, backend, "default" | "yes" | why not), for float32."""
+    rows = []
+    for op in OPS:
+        for device_type in device_types:
+            if device_type == "cuda" and not torch.cuda.is_available():
+                rows.extend((op, "cuda", name, "no CUDA device") for name in OPS[op])
+                continue
+            default = _choose(op, None, device_type, torch.float32)
+            for name in OPS[op]:
+                reason = refusal(op, name, device_type, torch.float32)
+                rows.append((op, device_type, name, reason or ("default" if name == default else "yes")))
+    return rows
+
+
+def info() -> str:
+    """What runs where and why, as text: versions, instruction set, every op x backend."""
+    lines = [f"torch {torch.__version__}"]
+    if _native is None:
+        lines.append(f"compiled module: not loaded ({_native_error})")
+    else:
+        sets = ", ".join(_native.available_isas())
+        lines.append(f"cpu kernels: {_native.isa()} (available: {sets})")
+        lines.append(f"threads: {torch.get_num_threads()}, from {_native.parallel_runtime()}")
+        lines.append(f"cuda kernels: {_native.cuda_architectures or 'not built (no nvcc was found)'}")
+    lines.append("")
+    lines += [f"{op:16} {device:5} {name:10} {state}" for op, device, name, state in table()]
+    return "\n".join(lines)

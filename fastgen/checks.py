@@ -1,0 +1,224 @@
+"""Validation of arguments: one function a kind, each naming the argument, what it got and takes."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_ELEMENTS = 1 << 34  # of one sample: what the counter's 32-bit block can hold
+MAX_STEPS = 1 << 24
+
+
+def tensor(name: str, value: Any, *, batch: bool = True) -> Tensor:
+    """A floating tensor, with a batch dimension first."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: got {value.dtype}, expected float32, bfloat16, float16 or float64"
+        )
+    if batch and value.ndim == 0:
+        raise ValueError(f"{name}: got a 0-d tensor, expected the batch as dimension 0")
+    return value
+
+
+def like(name: str, value: Any, other_name: str, other: Tensor) -> Tensor:
+    """A floating tensor of another's shape and device; the dtype may differ."""
+    tensor(name, value)
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, expected {other_name}'s {tuple(other.shape)}"
+        )
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: is on {value.device}, expected {other_name}'s device {other.device}"
+        )
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """A finite real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a float")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return float(value)
+
+
+def alpha_bar(name: str, value: Any) -> float:
+    """A cumulative signal level in [0, 1]."""
+    value = number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: got {value}, expected a number in [0, 1]")
+    return value
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """An integer in [low, high)."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: got bool, expected an integer")
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer") from None
+    if value < low or (high is not None and value >= high):
+        bound = f"at least {low}" if high is None else f"in [{low}, {high})"
+        raise ValueError(f"{name}: got {value}, expected an integer {bound}")
+    return value
+
+
+def one_of(name: str, value: Any, options: Sequence[str]) -> str:
+    if value not in options:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, options))}")
+    return value
+
+
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """(low, high), or a float for (-value, value)."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        value = (-float(value), float(value))
+    try:
+        low, high = (float(v) for v in value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {value!r}, expected a float or a pair (low, high)") from None
+    if not low <= high:
+        raise ValueError(f"{name}: got ({low}, {high}), expected low <= high")
+    return low, high
+
+
+def size(shape: Sequence[int]) -> None:
+    """A sample that the noise counter can number."""
+    if math.prod(shape[1:]) > MAX_ELEMENTS:
+        raise ValueError(
+            f"shape: a sample of {math.prod(shape[1:])} elements, expected at most 2^34, "
+            "which is what the noise counter can number"
+        )
+
+
+def step(value: Any) -> int:
+    return integer("step", value, 0, MAX_STEPS)
+
+
+def seed(value: Any, batch: int, device: torch.device) -> int | tuple[Tensor, int]:
+    """An int in [0, 2^64), or int64 (1,) or (B,) with its stride per sample."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if 0 <= value < 1 << 64:
+            return value
+        raise ValueError(f"seed: got {value}, expected an integer in [0, 2^64)")
+    if isinstance(value, torch.Generator):
+        raise TypeError("seed: got a torch.Generator, expected an int: generator.initial_seed()")
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"seed: got a {value.dtype} tensor, expected torch.int64")
+        seeds = value.reshape(-1).to(device, non_blocking=True).contiguous()
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        words = [integer("seed", v, 0, 1 << 64) for v in value]
+        seeds = torch.tensor([w - (w >> 63 << 64) for w in words], dtype=torch.int64, device=device)
+    else:
+        return integer("seed", value, 0, 1 << 64)
+    if seeds.numel() not in (1, batch):
+        raise ValueError(f"seed: got {seeds.numel()} of them, expected one, or {batch} (the batch)")
+    return seeds, int(seeds.numel() > 1)
+
+
+def sample_ids(value: Any, batch: int, device: torch.device) -> int | Tensor:
+    """int64 (B,), or the first of consecutive ids."""
+    if value is None:
+        return 0
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"sample_ids: got a {value.dtype} tensor, expected torch.int64")
+        ids = value.reshape(-1).to(device, non_blocking=True).contiguous()
+    elif isinstance(value, Sequence | np.ndarray | range) and not isinstance(value, str | bytes):
+        words = [integer("sample_ids", v, 0, 1 << 63) for v in value]
+        ids = torch.tensor(words, dtype=torch.int64, device=device)
+    else:
+        raise TypeError(f"sample_ids: got {type(value).__name__}, expected int64, one per sample")
+    if ids.numel() != batch:
+        raise ValueError(f"sample_ids: got {ids.numel()}, expected {batch}, one per sample")
+    return ids
+
+
+def per_sample(name: str, value: Any, batch: int, device: torch.device) -> float | Tensor:
+    """A float for all, or a floating tensor or sequence (B,) (or (1,)) on ``device``."""
+    if isinstance(value, numbers.Real):
+        return number(name, value)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        value = torch.tensor([number(name, v) for v in value], device=device)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a float or one per sample")
+    if value.device != device and value.numel() == 1 and value.ndim == 0:
+        value = value.to(device)
+    if value.device != device:
+        raise ValueError(f"{name}: is on {value.device}, expected {device}")
+    if value.numel() not in (1, batch) or value.ndim > 1:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, expected a float or shape ({batch},)"
+        )
+    return value.reshape(-1)
+
+
+def _footprint(value: Tensor) -> np.ndarray:
+    """The addresses a tensor covers, as an array that is never read."""
+    width = value.element_size()
+    return np.asarray(
+        type(
+            "Footprint",
+            (),
+            {
+                "__array_interface__": {
+                    "shape": tuple(value.shape),
+                    "strides": tuple(s * width for s in value.stride()),
+                    "typestr": f"|V{width}",
+                    "data": (value.data_ptr(), False),
+                    "version": 3,
+                }
+            },
+        )()
+    )
+
+
+def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device,
+        inputs: Sequence[Tensor | None]) -> Tensor:  # fmt: skip
+    """A tensor to write into: it may be one of the inputs, but not overlap one partly."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"out: got {type(value).__name__}, expected a torch.Tensor")
+    if value.shape != tuple(shape):
+        raise ValueError(f"out: got shape {tuple(value.shape)}, expected {tuple(shape)}")
+    if value.dtype != dtype or value.device != device:
+        raise ValueError(
+            f"out: got {value.dtype} on {value.device}, expected {dtype} on {device}"
+        )
+    if value.requires_grad:
+        raise ValueError("out: requires grad; an output is written without a gradient")
+    if value.numel() == 0 or torch.compiler.is_compiling():
+        return value
+    if not value.is_contiguous() and torch._debug_has_internal_overlap(value) == 1:
+        raise ValueError("out: several of its elements share memory (an expanded tensor)")
+    for given in inputs:
+        if given is None or given is value or _same_view(value, given):
+            continue
+        try:
+            shared = np.shares_memory(_footprint(value), _footprint(given), max_work=10_000)
+        except np.exceptions.TooHardError:
+            shared = True
+        if shared:
+            raise ValueError("out: overlaps an input partly; give the input itself, or other memory")
+    return value
+
+
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.dtype == b.dtype
+        and a.stride() == b.stride()
+        and a.shape == b.shape
+    )

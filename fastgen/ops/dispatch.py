@@ -1,0 +1,49 @@
+"""When a call may go straight to a kernel, and when it must pass through torch's dispatcher."""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+LIBRARY = torch.library.Library("fastgen", "FRAGMENT")
+
+# Keys of tensors that are not what their memory shows: flags, transforms, subclasses, other layouts.
+_HIDDEN: int = functools.reduce(
+    operator.or_,
+    (
+        DispatchKeySet(getattr(DispatchKey, key)).raw_repr()
+        for key in (
+            "Conjugate", "Negative", "ZeroTensor", "Python", "PythonTLSSnapshot", "Functionalize",
+            "FuncTorchBatched", "FuncTorchGradWrapper", "Sparse", "SparseCsr", "Quantized",
+            "NestedTensor",
+        )
+    ),
+)  # fmt: skip
+_dispatch_keys = torch._C._dispatch_keys
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_is_compiling = torch.compiler.is_compiling
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether all are ordinary tensors that need no gradient, outside modes and transforms."""
+    if _is_compiling() or _dispatch_modes() or _function_modes() or forward_ad._current_level >= 0:
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            return False
+        if grad and tensor.requires_grad:
+            return False
+        if _dispatch_keys(tensor).raw_repr() & _HIDDEN:
+            return False
+    return True

@@ -1,0 +1,161 @@
+"""Classifier-free guidance and other linear combinations of network outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..plan import HISTORY, Output, Row
+from ..reference import guidance as reference
+from . import kernel
+from .dispatch import LIBRARY, is_plain
+
+_ROW = Row((Output({"e": 1.0}),))
+
+
+def cfg_combine(
+    cond: Tensor,
+    uncond: Tensor,
+    guidance_scale: float | Sequence[float] | Tensor,
+    *,
+    rescale: float = 0.0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Classifier-free guidance: u + g (c - u); Ho & Salimans (2022), eq. 6 with g = 1 + w.
+
+    cond, uncond: (B, ...), of any floating dtypes; they may be the two halves of one batch. The
+        result has cond's dtype and is rounded once.
+    guidance_scale: g, a float or one per sample (B,). g = 1 gives cond exactly.
+    rescale: in [0, 1]; the share phi of the result whose per-sample standard deviation (unbiased)
+        is brought to cond's: Lin et al. (2024), eq. 15 and 16.
+
+    Raises ValueError or TypeError for shapes, devices or numbers that do not fit.
+    """
+    checks.tensor("cond", cond)
+    checks.like("uncond", uncond, "cond", cond)
+    guidance = checks.per_sample("guidance_scale", guidance_scale, cond.shape[0], cond.device)
+    rescale = checks.number("rescale", rescale)
+    if not 0.0 <= rescale <= 1.0:
+        raise ValueError(f"rescale: got {rescale}, expected a number in [0, 1]")
+    outs = None
+    if out is not None:
+        outs = [checks.out(out, cond.shape, cond.dtype, cond.device, (cond, uncond))]
+    name = kernel.choose(backend, cond, uncond)
+    scale = None
+    if rescale != 0.0:
+        scale = rescale_factor(cond, uncond, guidance, rescale, name)
+    return kernel.run(cond.shape, _ROW, backend=name, dtypes=(cond.dtype,), device=cond.device,
+                      like=cond, cond=cond, uncond=uncond, guidance=guidance, output_scale=scale,
+                      out=outs)[0]  # fmt: skip
+
+
+def combine(
+    outputs: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """sum weights[i] * outputs[i], summed left to right in float32 and rounded once.
+
+    outputs: one to ten tensors (B, ...) of one shape and device; the result has the first one's
+    dtype. A weight of zero leaves its tensor unread. Raises ValueError or TypeError for what does
+    not fit.
+    """
+    outputs, weights = list(outputs), list(weights)
+    names = ("x", "e", "known", *(f"h{k}" for k in range(HISTORY)))
+    if len(outputs) != len(weights):
+        raise ValueError(f"weights: got {len(weights)}, expected {len(outputs)}, one an output")
+    if not 1 <= len(outputs) <= len(names):
+        raise ValueError(f"outputs: got {len(outputs)}, expected 1 to {len(names)}")
+    first = checks.tensor("outputs[0]", outputs[0])
+    for i, tensor in enumerate(outputs[1:], 1):
+        checks.like(f"outputs[{i}]", tensor, "outputs[0]", first)
+    numbers = [checks.number(f"weights[{i}]", w) for i, w in enumerate(weights)]
+    row = Row((Output(dict(zip(names, numbers, strict=False))),))
+    outs = None
+    if out is not None:
+        outs = [checks.out(out, first.shape, first.dtype, first.device, outputs)]
+    x, e, known, *history = [*outputs, *[None] * (3 - len(outputs))]
+    name = kernel.choose(backend, *outputs)
+    return kernel.run(first.shape, row, backend=name, dtypes=(first.dtype,), device=first.device,
+                      x=x, cond=e, known=known, history=tuple(history), out=outs)[0]  # fmt: skip
+
+
+def rescale_factor(
+    cond: Tensor, uncond: Tensor, guidance: float | Tensor, rescale: float, backend: str
+) -> Tensor:
+    """(B,) float32: rescale * std(cond) / std(guided) + (1 - rescale)."""
+    if not isinstance(guidance, Tensor):
+        guidance = torch.full((1,), guidance, dtype=torch.float32, device=cond.device)
+    if backend == "reference":
+        return reference.rescale(cond, uncond, guidance, rescale)
+    if is_plain(cond, uncond, guidance):
+        return _rescale_kernel(cond, uncond, guidance, rescale, backend)
+    return torch.ops.fastgen.rescale(cond, uncond, guidance, rescale, backend)
+
+
+LIBRARY.define(
+    "rescale(Tensor cond, Tensor uncond, Tensor guidance, float rescale, str backend) -> Tensor"
+)
+
+
+def _rescale_kernel(cond, uncond, guidance, rescale, backend):
+    batch = cond.shape[0]
+    scale = torch.empty(batch, dtype=torch.float32, device=cond.device)
+    chunks = -(-cond[0].numel() // 1024) if batch else 0
+    if chunks == 0:
+        return scale.fill_(torch.nan)
+    partials = torch.empty(batch * 5 * chunks, dtype=torch.float32, device=cond.device)
+    pair = (guidance.float().contiguous(), int(guidance.numel() > 1))
+    kernel.call(backend, "guidance", "rescale", cond.device, tuple(cond.shape), cond, uncond, pair,
+                rescale, partials, scale)  # fmt: skip
+    return scale
+
+
+def _rescale_fake(cond, uncond, guidance, rescale, backend):
+    return cond.new_empty(cond.shape[0], dtype=torch.float32)
+
+
+def _rescale_setup(ctx, inputs, output) -> None:
+    cond, uncond, guidance, ctx.rescale, _ = inputs
+    ctx.save_for_backward(cond, uncond, guidance)
+
+
+def _rescale_backward(ctx, grad):
+    """d std / d v = (v - mean) / ((n - 1) std)."""
+    cond, uncond, guidance = ctx.saved_tensors
+    c, u = cond.float(), uncond.float()
+    g = reference.per_sample(guidance, c)
+    guided = torch.where(g == 1, c, u + g * (c - u))
+    freedom = c[0].numel() - 1
+
+    def spread(v):
+        centred = v - v.flatten(1).mean(1).view(-1, *[1] * (v.ndim - 1))
+        return centred, (centred * centred).flatten(1).sum(1).div(freedom).sqrt()
+
+    centred_c, std_c = spread(c)
+    centred_e, std_e = spread(guided)
+    grad_c = reference.per_sample(grad * ctx.rescale / (std_e * std_c * freedom), c) * centred_c
+    grad_e = reference.per_sample(-grad * ctx.rescale * std_c / (std_e**3 * freedom), c) * centred_e
+    grad_g = (grad_e * (c - u)).flatten(1).sum(1)
+    if guidance.numel() == 1:
+        grad_g = grad_g.sum().view(1)
+    return (
+        (grad_c + g * grad_e).to(cond.dtype),
+        ((1 - g) * grad_e).to(uncond.dtype),
+        grad_g.to(guidance.dtype),
+        None,
+        None,
+    )
+
+
+LIBRARY.impl("rescale", _rescale_kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("fastgen::rescale", _rescale_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "fastgen::rescale", _rescale_backward, setup_context=_rescale_setup, lib=LIBRARY
+)

@@ -1,0 +1,343 @@
+"""One launch of the step kernel: what every pointwise op comes down to.
+
+``launch`` goes straight to a backend; ``torch.ops.fastgen.step`` is the same call for torch.compile,
+transforms and gradients, with all numbers in tensors so that nothing is frozen into a graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..plan import INPUTS, MAX_NOISES, MAX_OUTPUTS, Row
+from ..reference.arithmetic import exp, working_dtype
+from ..reference.noise import normal
+from ..reference.step import clip, guide, per_sample
+from ..reference.step import step as reference_step
+from .dispatch import LIBRARY, is_plain
+
+STEP_STREAMS = (2, 8, 9, 10)  # of z_0 ... z_3, in the noise contract
+
+Seed = int | tuple[Tensor, int] | None
+
+
+def choose(backend: str | None, *tensors: Tensor | None) -> str:
+    """The backend that serves these tensors; float64 anywhere takes the reference."""
+    dtype, device = torch.float32, None
+    for tensor in tensors:
+        if tensor is not None:
+            device = tensor.device
+            if tensor.dtype is torch.float64:
+                dtype = torch.float64
+    assert device is not None
+    return backends.choose("step", backend, device, dtype)
+
+
+def call(backend: str, stem: str, function: str, device: torch.device, *arguments) -> None:
+    """A kernel by the backend's name: ``_native.function`` or ``kernels.stem.function``."""
+    if backend == "cpu":
+        getattr(backends._native, function)(*arguments, torch.get_num_threads(), None)
+    elif backend == "cuda":
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            getattr(backends._native, function)(*arguments, 1, stream)
+    else:
+        module = importlib.import_module(f"fastgen.kernels.{stem}")
+        getattr(module, function)(*arguments)
+
+
+def run(
+    shape: Sequence[int],
+    row: Row | Tensor,
+    *,
+    backend: str,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    like: Tensor | None = None,
+    x: Tensor | None = None,
+    cond: Tensor | None = None,
+    uncond: Tensor | None = None,
+    known: Tensor | None = None,
+    logvar: Tensor | None = None,
+    history: tuple[Tensor, ...] = (),
+    noise: tuple[Tensor, ...] = (),
+    row_index: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
+    output_scale: Tensor | None = None,
+    seed: Seed = None,
+    sample_ids: int | Tensor = 0,
+    step: int = 0,
+    streams: tuple[int, ...] = STEP_STREAMS,
+    out: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """The outputs of one row, of ``dtypes``; arguments are checked already.
+
+    ``like``: the tensor whose memory format the outputs take. ``row``: a Row, or float32 (R, 72) on the device: one for all samples, one per sample (R = B),
+    or, with ``row_index`` (int64, one element), a table from which that row is taken; the index is
+    also added to the noise's ``step``.
+    """
+    tensors = (x, cond, uncond, known, logvar, output_scale, *history, *noise)
+    if isinstance(row, Tensor):
+        tensors += (row,)
+    if isinstance(guidance, Tensor):
+        tensors += (guidance,)
+    if backend != "reference" and is_plain(*tensors):
+        if out is None:
+            out = _allocate(shape, dtypes, device, like)
+        launch(backend, shape, row, x, cond, uncond, known, logvar, history, noise, row_index,
+               guidance, output_scale, seed, sample_ids, step, streams, out)  # fmt: skip
+        return list(out)  # type: ignore[arg-type]
+    rows = row if isinstance(row, Tensor) else _row_tensor(row, device)
+    if not isinstance(guidance, Tensor):
+        guidance = torch.full((1,), guidance, dtype=torch.float32, device=device)
+    seeds, ids = _seed_tensors(seed, sample_ids, shape[0] if shape else 0, device)
+    arguments = (
+        x, cond, uncond, known, logvar, list(history), list(noise), rows, row_index,
+        guidance, output_scale, seeds, ids, step, list(streams),
+    )  # fmt: skip
+    if backend == "reference":
+        results = _reference(*arguments, list(shape), len(dtypes))
+        results = [y.to(dtype) for y, dtype in zip(results, dtypes, strict=True)]
+    else:
+        results = torch.ops.fastgen.step(
+            *arguments, list(dtypes), list(shape), device, backend
+        )
+    if out is None:
+        return results
+    if torch.is_grad_enabled() and any(y.requires_grad for y in results):
+        raise ValueError("out: an input requires grad, and writing into out has no gradient")
+    return [y if o is None else o.copy_(y) for o, y in zip(out, results, strict=True)]
+
+
+def launch(
+    backend, shape, row, x, cond, uncond, known, logvar, history, noise, row_index, guidance,
+    output_scale, seed, sample_ids, step, streams, out,
+) -> None:  # fmt: skip
+    """Writes into ``out``, straight through the backend named."""
+    if isinstance(row, Tensor):
+        rows, packed = row, int(row.shape[0] > 1 and row_index is None)
+    else:
+        rows, packed = None, row.packed
+    if isinstance(guidance, Tensor):
+        guidance = (guidance, int(guidance.numel() > 1))
+    arguments = (
+        tuple(shape), x, cond, uncond, known, logvar, history, noise, tuple(out), packed, rows,
+        row_index, guidance, output_scale, seed, sample_ids, step, streams,
+    )  # fmt: skip
+    call(backend, "step", "step", out[0].device, *arguments)
+    for tensor in out:
+        if tensor is not None:
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _allocate(
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    like: Tensor | None,
+) -> list[Tensor]:
+    if like is not None and len(dtypes) == 1 and like.dtype is dtypes[0]:
+        return [torch.empty_like(like)]
+    if like is not None:
+        return [torch.empty_like(like, dtype=dtype) for dtype in dtypes]
+    return [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
+
+
+def _row_tensor(row: Row, device: torch.device) -> Tensor:
+    return torch.tensor([row.floats.tolist()], dtype=torch.float32, device=device)
+
+
+def _seed_tensors(
+    seed: Seed, sample_ids: int | Tensor, batch: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    if seed is None:
+        return None, None
+    if isinstance(seed, int):
+        seeds = torch.full((1,), seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
+    else:
+        seeds = seed[0]
+    if isinstance(sample_ids, int):
+        sample_ids = torch.arange(sample_ids, sample_ids + batch, device=device)
+    return seeds, sample_ids
+
+
+# ---- the registered op ---------------------------------------------------------------------------
+
+LIBRARY.define(
+    "step(Tensor? x, Tensor? cond, Tensor? uncond, Tensor? known, Tensor? logvar, "
+    "Tensor[] history, Tensor[] noise, Tensor rows, Tensor? row_index, Tensor guidance, "
+    "Tensor? output_scale, Tensor? seeds, Tensor? sample_ids, SymInt step, int[] streams, "
+    "ScalarType[] dtypes, SymInt[] shape, Device device, str backend) -> Tensor[]"
+)
+
+
+def _step_kernel(x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance,
+                 output_scale, seeds, sample_ids, step, streams, dtypes, shape, device,
+                 backend):  # fmt: skip
+    out = _allocate(shape, dtypes, device, x if x is not None else cond)
+    contiguous = [None if t is None else t.contiguous() for t in (output_scale, seeds, sample_ids)]
+    output_scale, seeds, sample_ids = contiguous
+    launch(backend, shape, rows.contiguous(), x, cond, uncond, known, logvar, tuple(history),
+           tuple(noise), row_index, guidance.contiguous(), output_scale,
+           None if seeds is None else (seeds, int(seeds.numel() > 1)), sample_ids, step,
+           tuple(streams), out)  # fmt: skip
+    return out
+
+
+def _step_fake(x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance,
+               output_scale, seeds, sample_ids, step, streams, dtypes, shape, device,
+               backend):  # fmt: skip
+    return _allocate(shape, dtypes, device, x if x is not None else cond)
+
+
+def _drawn(noise: list[Tensor], rows: Tensor, row_index, seeds, sample_ids, step, streams,
+           shape) -> list[Tensor]:  # fmt: skip
+    """z_0 ...: those given, and behind them those that the seed gives."""
+    if seeds is None:
+        return list(noise)
+    if row_index is not None:
+        step = row_index.view(()) + step
+    used = MAX_NOISES
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        scales = rows.detach()[:, -MAX_OUTPUTS * MAX_NOISES :].view(-1, MAX_OUTPUTS, MAX_NOISES)
+        columns = (scales != 0).any(0).any(0)
+        used = int((columns * torch.arange(1, MAX_NOISES + 1)).max())
+    return list(noise) + [
+        normal(shape, seeds, sample_ids, step, streams[m]) for m in range(len(noise), used)
+    ]
+
+
+def _reference(x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance,
+               output_scale, seeds, sample_ids, step, streams, shape, outputs):  # fmt: skip
+    if row_index is not None:
+        rows = rows.index_select(0, row_index.view(1))
+    z = _drawn(noise, rows, row_index, seeds, sample_ids, step, streams, shape)
+    return reference_step(shape, x, cond, uncond, known, logvar, history, z, rows, guidance,
+                          output_scale, outputs)  # fmt: skip
+
+
+def _setup(ctx, inputs, output) -> None:
+    (x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance, output_scale,
+     seeds, sample_ids, step, streams, dtypes, shape, device, backend) = inputs  # fmt: skip
+    ctx.save_for_backward(x, cond, uncond, known, logvar, rows, row_index, guidance, output_scale,
+                          seeds, sample_ids, *history, *noise)  # fmt: skip
+    ctx.lengths = (len(history), len(noise))
+    ctx.plain = (step, streams, shape)
+
+
+def _backward(ctx, grads):
+    """The step is linear in each operand, but for the clip, exp and the guidance's product."""
+    (x, cond, uncond, known, logvar, table, row_index, guidance, output_scale, seeds,
+     sample_ids, *rest) = ctx.saved_tensors  # fmt: skip
+    step, streams, shape = ctx.plain
+    history, noise = rest[: ctx.lengths[0]], rest[ctx.lengths[0] :]
+    rows = table if row_index is None else table.index_select(0, row_index.view(1))
+    drawn = _drawn(noise, rows, row_index, seeds, sample_ids, step, streams, shape)
+    dtype = working_dtype(x, cond, uncond, known, logvar, *history, *noise)
+
+    def widen(tensor):
+        return None if tensor is None else tensor.to(dtype)
+
+    def factor(column, like):
+        return per_sample(rows[:, column], like)
+
+    def times(weight, value):
+        return torch.where(weight != 0, weight * value, 0.0)
+
+    def total(values, like):
+        """Summed to the shape (1,) or (B,) of what it is the gradient of."""
+        summed = values.flatten(1).sum(1) if values.ndim > 1 else values
+        return (summed.sum().view(1) if like.shape[0] == 1 else summed).to(like.dtype)
+
+    x_, c, u, h = widen(x), widen(cond), widen(uncond), [widen(v) for v in history]
+    e0 = e = None
+    if c is not None:
+        e0 = guide(c, u, guidance)
+        e = e0 if output_scale is None else per_sample(output_scale, e0) * e0
+    ys = [g.to(dtype) for g in grads]
+    blank = torch.zeros_like(ys[0])
+    raw = blank
+    if x_ is not None:
+        raw = raw + times(factor(0, blank), x_)
+    if e is not None:
+        raw = raw + times(factor(1, blank), e)
+    low, high = factor(2, blank), factor(3, blank)
+    d = clip(raw, low, high)
+    sigma = None
+    z = [v.to(dtype) for v in drawn]
+    if logvar is not None and z:
+        sigma = exp(0.5 * (factor(4, blank) * widen(logvar) + factor(5, blank)))
+        z[0] = sigma * z[0]
+    inputs = [x_, e, u, d, widen(known), *h]
+
+    grad_in: list[Tensor] = []
+    for k in range(len(INPUTS)):
+        column = 8 + k
+        parts = [times(factor(column + j * len(INPUTS), blank), y) for j, y in enumerate(ys)]
+        grad_in.append(sum(parts[1:], parts[0]))
+    noise_column = 8 + MAX_OUTPUTS * len(INPUTS)
+    grad_z = []
+    for m in range(len(z)):
+        parts = [times(factor(noise_column + j * MAX_NOISES + m, blank), y) for j, y in enumerate(ys)]
+        grad_z.append(sum(parts[1:], parts[0]))
+
+    inside = (raw >= low) & (raw <= high)
+    grad_raw = torch.where(inside, grad_in[3], 0.0)
+    grad_x = grad_in[0] + times(factor(0, blank), grad_raw)
+    grad_e = grad_in[1] + times(factor(1, blank), grad_raw)
+    grad_u = grad_in[2]
+
+    grad_table = None
+    if table.requires_grad:
+        columns = [rows.new_zeros(rows.shape[0])] * rows.shape[1]
+        columns[0] = blank if x_ is None else grad_raw * x_
+        columns[1] = blank if e is None else grad_raw * e
+        columns[2] = torch.where(raw < low, grad_in[3], 0.0)
+        columns[3] = torch.where(raw > high, grad_in[3], 0.0)
+        if sigma is not None:
+            columns[4] = grad_z[0] * z[0] * 0.5 * widen(logvar)
+            columns[5] = grad_z[0] * z[0] * 0.5
+        for j, y in enumerate(ys):
+            for k, value in enumerate(inputs):
+                if value is not None:
+                    columns[8 + j * len(INPUTS) + k] = y * value
+            for m, value in enumerate(z):
+                columns[noise_column + j * MAX_NOISES + m] = y * value
+        grad_table = torch.stack([total(v, rows) for v in columns], dim=1)
+        if row_index is not None:
+            grad_table = torch.zeros_like(table).index_add(0, row_index.view(1), grad_table)
+
+    grad_scale = None
+    if output_scale is not None and e0 is not None:
+        grad_scale = total(grad_e * e0, output_scale)
+        grad_e = per_sample(output_scale, grad_e) * grad_e
+    grad_c, grad_guidance = grad_e, None
+    if u is not None and c is not None:
+        g = per_sample(guidance, grad_e)
+        grad_c = torch.where(g == 1, grad_e, g * grad_e)
+        grad_u = grad_u + torch.where(g == 1, 0.0, (1.0 - g) * grad_e)
+        grad_guidance = total(grad_e * (c - u), guidance)
+    grad_logvar = None
+    if sigma is not None:
+        grad_logvar = (0.5 * factor(4, blank)) * (grad_z[0] * z[0])
+        grad_z[0] = sigma * grad_z[0]
+
+    def as_of(tensor, grad):
+        return grad.to(tensor.dtype) if tensor is not None and tensor.requires_grad else None
+
+    return (
+        as_of(x, grad_x), as_of(cond, grad_c), as_of(uncond, grad_u), as_of(known, grad_in[4]),
+        as_of(logvar, grad_logvar), [as_of(v, grad_in[5 + k]) for k, v in enumerate(history)],
+        [as_of(v, grad_z[m]) for m, v in enumerate(noise)], grad_table, None,
+        as_of(guidance, grad_guidance), as_of(output_scale, grad_scale),
+        None, None, None, None, None, None, None, None,
+    )  # fmt: skip
+
+
+LIBRARY.impl("step", _step_kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("fastgen::step", _step_fake, lib=LIBRARY)
+torch.library.register_autograd("fastgen::step", _backward, setup_context=_setup, lib=LIBRARY)

@@ -1,0 +1,274 @@
+"""z = mean + exp(logvar / 2) eps: the reparameterization trick, with its KL term."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..reference import reparameterize as reference
+from ..reference.arithmetic import CHUNK, sum_by_halves
+from ..reference.noise import normal
+from ..reference.step import per_sample
+from . import kernel
+from .dispatch import LIBRARY, is_plain
+from .noise import REPARAMETERIZE
+
+_NO_CLAMP = (-math.inf, math.inf)
+
+
+def reparameterize(
+    mean: Tensor,
+    logvar: Tensor,
+    *,
+    seed: int | Sequence[int] | Tensor | None = None,
+    noise: Tensor | None = None,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    step: int | None = None,
+    return_kl: bool = False,
+    clamp: tuple[float, float] | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """z = mean + exp(logvar / 2) eps with eps made in the kernel: Kingma & Welling (2014), 2.4.
+
+    mean, logvar: (B, ...), any strides: they may be the two halves of one packed tensor.
+    seed, sample_ids, step: where eps comes from (stream 3 of the noise contract); ``step`` must be
+        given with ``seed``, and differ from call to call in a training loop. Or noise: eps itself.
+    return_kl: also the KL divergence of N(mean, exp(logvar)) from N(0, 1), summed over each sample,
+        in nats: float32 (B,), from the same pass (appendix B).
+    clamp: (low, high) for logvar; its gradient is zero where it was clamped.
+
+    Returns z with mean's shape and dtype, or (z, kl). The backward pass makes eps again from the
+    seed, so nothing but mean and logvar is kept. Raises TypeError or ValueError for what does not
+    fit, ValueError where neither or both of seed and noise are given.
+    """
+    checks.tensor("mean", mean)
+    checks.like("logvar", logvar, "mean", mean)
+    checks.size(mean.shape)
+    batch, device = mean.shape[0], mean.device
+    seed_words, ids, step_count = noise_source(seed, noise, sample_ids, step, mean)
+    bounds = _NO_CLAMP if clamp is None else checks.interval("clamp", clamp)
+    if out is not None:
+        checks.out(out, mean.shape, mean.dtype, device, (mean, logvar, noise))
+    name = _choose(backend, mean, logvar, noise)
+    if name != "reference" and is_plain(mean, logvar, noise):
+        z = torch.empty_like(mean) if out is None else out
+        kl = _launch(name, mean, logvar, noise, z, return_kl, bounds, seed_words, ids, step_count)
+        if out is not None:
+            torch.autograd.graph.increment_version(out)
+        return (z, kl) if return_kl else z
+    seeds, id_tensor = kernel._seed_tensors(seed_words, ids, batch, device)
+    if name == "reference":
+        if noise is None:
+            noise = normal(mean.shape, seeds, id_tensor, step_count, REPARAMETERIZE)
+        z = reference.reparameterize(mean, logvar, noise, bounds).to(mean.dtype)
+        kl = reference.gaussian_kl(mean, logvar, bounds) if return_kl else None
+    else:
+        z, kl = torch.ops.fastgen.reparameterize(
+            mean, logvar, noise, seeds, id_tensor, step_count, return_kl, *bounds, name
+        )
+    if out is not None:
+        if torch.is_grad_enabled() and z.requires_grad:
+            raise ValueError("out: an input requires grad, and writing into out has no gradient")
+        z = out.copy_(z)
+    return (z, kl) if return_kl else z
+
+
+def gaussian_kl(
+    mean: Tensor,
+    logvar: Tensor,
+    *,
+    clamp: tuple[float, float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over each sample: float32 (B,).
+
+    mean, logvar: (B, ...). Kingma & Welling (2014), appendix B. The same bits as
+    ``reparameterize(..., return_kl=True)``.
+    """
+    checks.tensor("mean", mean)
+    checks.like("logvar", logvar, "mean", mean)
+    bounds = _NO_CLAMP if clamp is None else checks.interval("clamp", clamp)
+    name = _choose(backend, mean, logvar)
+    if name == "reference":
+        return reference.gaussian_kl(mean, logvar, bounds)
+    if is_plain(mean, logvar):
+        return _launch(name, mean, logvar, None, None, True, bounds, None, 0, 0)
+    return torch.ops.fastgen.reparameterize(
+        mean, logvar, None, None, None, 0, True, *bounds, name
+    )[1]
+
+
+def gaussian_kl_monte_carlo(
+    mean: Tensor, logvar: Tensor, *, seed: int, draws: int = 64
+) -> Tensor:
+    """The same divergence estimated from samples: the mean over ``draws`` of log q(z) - log p(z).
+
+    Kingma & Welling (2014), eq. 6. float32 (B,), unbiased; for checking ``gaussian_kl``.
+    """
+    draws = checks.integer("draws", draws, 1)
+    checks.tensor("mean", mean)
+    checks.like("logvar", logvar, "mean", mean)
+    total = torch.zeros(mean.shape[0], device=mean.device)
+    for step in range(draws):
+        z = reparameterize(mean.float(), logvar.float(), seed=seed, step=step)
+        distance = (z - mean) ** 2 * torch.exp(-logvar.float())
+        total = total + 0.5 * sum_by_halves((z**2 - distance - logvar).flatten(1))
+    return total / draws
+
+
+def noise_source(seed, noise, sample_ids, step, like: Tensor):
+    """(seed, sample ids, step) as the kernels take them; checks that one source is given."""
+    if (seed is None) == (noise is None):
+        raise ValueError(
+            f"seed, noise: got {'neither' if seed is None else 'both'}, expected one of them"
+        )
+    if noise is not None:
+        checks.like("noise", noise, "the input", like)
+        return None, 0, 0
+    if step is None:
+        raise ValueError("step: must be given with seed, or every call would repeat the noise")
+    batch, device = like.shape[0], like.device
+    return (
+        checks.seed(seed, batch, device),
+        checks.sample_ids(sample_ids, batch, device),
+        checks.step(step),
+    )
+
+
+def _choose(backend: str | None, *tensors: Tensor | None) -> str:
+    given = [t for t in tensors if t is not None]
+    double = any(t.dtype is torch.float64 for t in given)
+    dtype = torch.float64 if double else torch.float32
+    return backends.choose("reparameterize", backend, given[0].device, dtype)
+
+
+def _launch(name, mean, logvar, noise, z, return_kl, clamp, seed, ids, step) -> Tensor | None:
+    kl = partials = None
+    shape = tuple(mean.shape)
+    if return_kl:
+        kl = torch.empty(shape[0], dtype=torch.float32, device=mean.device)
+        chunks = -(-math.prod(shape[1:]) // CHUNK)
+        if chunks == 0:
+            kl.zero_()
+        partials = torch.empty(shape[0] * chunks, dtype=torch.float32, device=mean.device)
+    kernel.call(name, "reparameterize", "reparameterize", mean.device, shape, mean, logvar, noise,
+                z, kl, partials, clamp, seed, ids, step, REPARAMETERIZE)  # fmt: skip
+    return kl
+
+
+LIBRARY.define(
+    "reparameterize(Tensor mean, Tensor logvar, Tensor? noise, Tensor? seeds, Tensor? sample_ids, "
+    "SymInt step, bool return_kl, float low, float high, str backend) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "reparameterize_backward(Tensor mean, Tensor logvar, Tensor? noise, Tensor? seeds, "
+    "Tensor? sample_ids, SymInt step, Tensor? grad_z, Tensor? grad_kl, bool grad_noise, "
+    "float low, float high, str backend) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _draws(seeds, noise) -> bool:
+    return seeds is not None or noise is not None
+
+
+def _kernel(mean, logvar, noise, seeds, sample_ids, step, return_kl, low, high, backend):
+    z = torch.empty_like(mean) if _draws(seeds, noise) else mean.new_empty(0)
+    seed = None if seeds is None else (seeds.contiguous(), int(seeds.numel() > 1))
+    ids = 0 if sample_ids is None else sample_ids.contiguous()
+    kl = _launch(backend, mean, logvar, noise, z if _draws(seeds, noise) else None, return_kl,
+                 (low, high), seed, ids, step)  # fmt: skip
+    return z, mean.new_empty(0, dtype=torch.float32) if kl is None else kl
+
+
+def _fake(mean, logvar, noise, seeds, sample_ids, step, return_kl, low, high, backend):
+    z = torch.empty_like(mean) if _draws(seeds, noise) else mean.new_empty(0)
+    return z, mean.new_empty(mean.shape[0] if return_kl else 0, dtype=torch.float32)
+
+
+def _setup(ctx, inputs, output) -> None:
+    mean, logvar, noise, seeds, sample_ids, *ctx.rest = inputs
+    ctx.save_for_backward(mean, logvar, noise, seeds, sample_ids)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_z, grad_kl):
+    mean, logvar, noise, seeds, sample_ids = ctx.saved_tensors
+    step, return_kl, low, high, backend = ctx.rest
+    if not return_kl:
+        grad_kl = None
+    if not _draws(seeds, noise):
+        grad_z = None
+    grads: tuple = (None, None, None)
+    if grad_z is not None or grad_kl is not None:
+        wants_noise = noise is not None and noise.requires_grad and grad_z is not None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # double backward
+            grads = _backward_formula(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl,
+                                      low, high)  # fmt: skip
+        else:
+            grads = torch.ops.fastgen.reparameterize_backward(
+                mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_noise, low,
+                high, backend)  # fmt: skip
+        if not wants_noise:
+            grads = (grads[0], grads[1], None)
+    return *grads, None, None, None, None, None, None, None
+
+
+def _backward_formula(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, low, high):
+    """The backward kernel's formula in eager torch, itself differentiable."""
+    m, clamped = mean.float(), logvar.float()
+    bounded, sigma = reference.deviation(clamped, (low, high))
+    kept = (bounded == clamped).float()
+    grad_mean = grad_logvar = torch.zeros_like(m)
+    grad_noise = None
+    if grad_z is not None:
+        eps = (
+            normal(mean.shape, seeds, sample_ids, step, REPARAMETERIZE)
+            if noise is None
+            else noise.float()
+        )
+        grad = grad_z.float()
+        grad_mean, grad_logvar, grad_noise = grad, 0.5 * (grad * (sigma * eps)), grad * sigma
+    if grad_kl is not None:
+        weight = per_sample(grad_kl, m)
+        grad_mean = grad_mean + weight * m
+        grad_logvar = grad_logvar + 0.5 * weight * (sigma * sigma - 1.0)
+    return (
+        grad_mean.to(mean.dtype),
+        (kept * grad_logvar).to(logvar.dtype),
+        None if noise is None or grad_noise is None else grad_noise.to(noise.dtype),
+    )
+
+
+def _backward_kernel(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_noise,
+                     low, high, backend):  # fmt: skip
+    grad_mean, grad_logvar, grad_noise = _backward_fake(
+        mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_noise, low, high,
+        backend)  # fmt: skip
+    kernel.call(
+        backend, "reparameterize", "reparameterize_backward", mean.device, tuple(mean.shape),
+        mean, logvar, noise, grad_z, None if grad_kl is None else grad_kl.float().contiguous(),
+        grad_mean, grad_logvar, grad_noise if wants_noise else None, (low, high),
+        None if seeds is None else (seeds.contiguous(), int(seeds.numel() > 1)),
+        0 if sample_ids is None else sample_ids.contiguous(), step, REPARAMETERIZE,
+    )  # fmt: skip
+    return grad_mean, grad_logvar, grad_noise
+
+
+def _backward_fake(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_noise, low,
+                   high, backend):  # fmt: skip
+    grad_noise = torch.empty_like(noise) if wants_noise else mean.new_empty(0)
+    return torch.empty_like(mean), torch.empty_like(logvar), grad_noise
+
+
+LIBRARY.impl("reparameterize", _kernel, "CompositeExplicitAutograd")
+LIBRARY.impl("reparameterize_backward", _backward_kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("fastgen::reparameterize", _fake, lib=LIBRARY)
+torch.library.register_fake("fastgen::reparameterize_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "fastgen::reparameterize", _backward, setup_context=_setup, lib=LIBRARY
+)

@@ -1,0 +1,262 @@
+"""One step of a sampler: the general step, and DDPM's and DDIM's with plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..plan import HISTORY, MAX_NOISES, MAX_OUTPUTS, ROW_FLOATS, Row
+from ..solvers.ddim import ddim_row
+from ..solvers.ddpm import ddpm_row
+from . import kernel
+
+
+def step(
+    row: Row | Tensor,
+    x: Tensor,
+    output: Tensor | None = None,
+    *,
+    uncond: Tensor | None = None,
+    guidance_scale: float | Sequence[float] | Tensor = 1.0,
+    known: Tensor | None = None,
+    history: Sequence[Tensor | None] = (),
+    logvar: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    seed: int | Sequence[int] | Tensor | None = None,
+    noise: Tensor | Sequence[Tensor] | None = None,
+    step: int = 0,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    row_index: Tensor | None = None,
+    outputs: int | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    out: Tensor | Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """One launch of the general step: guidance, prediction, clip, linear combination, noise.
+
+        e   = output_scale (u + g (c - u))
+        d   = clip(a_x x + a_e e)
+        y_j = sum_k C[j,k] in_k + sum_m S[j,m] z_m,  in = (x, e, u, d, known, h_0 ... h_6)
+
+    row: a ``Row``; or float32 (72,), (B, 72): one per sample; or a ``Plan.table`` (N, 72) together
+        with ``row_index``, an int64 tensor of one element that chooses the row on the device (for
+        CUDA graphs: change it in place between replays). Its value is added to ``step``.
+    x: the sample (B, ...). output, uncond: the network's outputs c and u, known: an image to mix
+        in, logvar: a log-variance for z_0, all of x's shape, any floating dtype. history: h_0 ...
+    guidance_scale: g, a float or one per sample; g = 1 gives c exactly. output_scale: (B,) float32.
+    seed, sample_ids, step: where z_0, z_1 ... come from (streams 2, 8, 9, 10); or noise: the
+        normals themselves. One of them is needed where the row draws noise.
+    outputs, dtypes: how many results (a Row knows) and of which dtypes; by default y_0 has x's and
+        the others, as history, float32.
+    out: a tensor a result; it may be one of the inputs.
+
+    Returns y_0, or the tuple (y_0, y_1, ...). Raises TypeError or ValueError for what does not fit.
+    """
+    checks.tensor("x", x)
+    shape, device = x.shape, x.device
+    batch = shape[0]
+    given = [("output", output), ("uncond", uncond), ("known", known), ("logvar", logvar)]
+    given += [(f"history[{k}]", h) for k, h in enumerate(history)]
+    for name, tensor in given:
+        if tensor is not None:
+            checks.like(name, tensor, "x", x)
+    if uncond is not None and output is None:
+        raise ValueError("uncond: got a tensor without output")
+    if len(history) > HISTORY:
+        raise ValueError(f"history: got {len(history)} tensors, expected at most {HISTORY}")
+    normals = (noise,) if isinstance(noise, Tensor) else tuple(noise or ())
+    for m, tensor in enumerate(normals):
+        checks.like(f"noise[{m}]", tensor, "x", x)
+    if isinstance(row, Row):
+        count = len(row.outputs)
+        _needs(row, output, uncond, known, history)
+        if row_index is not None:
+            raise ValueError("row_index: goes with a table of rows, got a Row")
+        if row.noises > len(normals) and seed is None:
+            raise ValueError(f"seed, noise: the row draws {row.noises} normals, got neither")
+        if row.noises == 0:
+            seed = None
+    else:
+        count = checks.integer("outputs", 1 if outputs is None else outputs, 1, MAX_OUTPUTS + 1)
+        row = _rows(row, batch, device, row_index)
+    if len(normals) > MAX_NOISES:
+        raise ValueError(f"noise: got {len(normals)} tensors, expected at most {MAX_NOISES}")
+    key: kernel.Seed = None
+    ids: int | Tensor = 0
+    if seed is not None:
+        checks.size(shape)
+        key = checks.seed(seed, batch, device)
+        ids = checks.sample_ids(sample_ids, batch, device)
+    guidance = checks.per_sample("guidance_scale", guidance_scale, batch, device)
+    if isinstance(guidance, Tensor):
+        guidance = guidance.float()
+    if dtypes is None:
+        dtypes = (x.dtype,) + (torch.promote_types(x.dtype, torch.float32),) * (count - 1)
+    if len(dtypes) != count:
+        raise ValueError(f"dtypes: got {len(dtypes)}, expected {count}, one an output")
+    tensors = (x, output, uncond, known, logvar, *history, *normals)
+    outs = None
+    if out is not None:
+        outs = [out] if isinstance(out, Tensor) else list(out)
+        if len(outs) != count:
+            raise ValueError(f"out: got {len(outs)} tensors, expected {count}, one an output")
+        for tensor, dtype in zip(outs, dtypes, strict=True):
+            checks.out(tensor, shape, dtype, device, tensors)
+    results = kernel.run(
+        shape, row, backend=kernel.choose(backend, *tensors), dtypes=dtypes, device=device, like=x,
+        x=x, cond=output, uncond=uncond, known=known, logvar=logvar, history=tuple(history),
+        noise=normals, row_index=row_index, guidance=guidance, output_scale=output_scale, seed=key,
+        sample_ids=ids, step=checks.step(step), out=outs,
+    )  # fmt: skip
+    return tuple(results) if count > 1 else results[0]
+
+
+def _needs(row: Row, output, uncond, known, history) -> None:
+    """Every input that the row reads is there."""
+    reads = row.reads
+    for name, argument, tensor in (("e", "output", output), ("u", "uncond", uncond),
+                                   ("known", "known", known)):  # fmt: skip
+        if name in reads and tensor is None:
+            raise ValueError(f"{argument}: the row reads it, got None")
+    for k in range(HISTORY):
+        if f"h{k}" in reads and (k >= len(history) or history[k] is None):
+            raise ValueError(f"history: the row reads slot {k}, got {len(history)} tensors")
+
+
+def _rows(rows: Tensor, batch: int, device: torch.device, row_index: Tensor | None) -> Tensor:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"row: got {type(rows).__name__}, expected a fastgen.Row or a tensor")
+    if rows.dtype != torch.float32 or rows.device != device:
+        raise ValueError(f"row: got {rows.dtype} on {rows.device}, expected float32 on {device}")
+    if rows.ndim == 1:
+        rows = rows.view(1, -1)
+    fits = row_index is not None or rows.shape[0] in (1, batch)
+    if rows.ndim != 2 or rows.shape[1] != ROW_FLOATS or not fits:
+        raise ValueError(f"row: got shape {tuple(rows.shape)}, expected ({batch}, {ROW_FLOATS})")
+    if row_index is not None and (
+        row_index.dtype != torch.int64 or row_index.numel() != 1 or row_index.device != device
+    ):
+        raise ValueError(f"row_index: expected one int64 on {device}, got {row_index}")
+    return rows.contiguous()
+
+
+def ddpm_step(
+    x: Tensor,
+    model_output: Tensor,
+    alpha_bar: float,
+    alpha_bar_prev: float,
+    *,
+    uncond: Tensor | None = None,
+    guidance_scale: float | Sequence[float] | Tensor = 1.0,
+    prediction: str = "epsilon",
+    clip: float | tuple[float, float] | None = None,
+    variance: str | Tensor = "fixed_small",
+    seed: int | Sequence[int] | Tensor | None = None,
+    noise: Tensor | None = None,
+    step: int | None = None,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x_t to x_s by the ancestral step of DDPM: Ho, Jain & Abbeel (2020), eq. 6, 7 and 11.
+
+    x: the sample (B, ...). model_output (and uncond): what the network predicts, of x's shape.
+    alpha_bar, alpha_bar_prev: the cumulative signal level at t and at s, plain numbers with
+        0 <= alpha_bar <= alpha_bar_prev <= 1 (0 is refused for epsilon prediction).
+    prediction: "epsilon", "sample" or "v". clip: bounds of the estimate of x_0.
+    variance: "fixed_small" (the posterior's, beta tilde), "fixed_large" (beta), or the logarithm of
+        a learned variance, of x's shape.
+    seed, sample_ids, step: where the noise comes from (stream 2); or noise: eps itself. None is
+        drawn, and none of them needed, where alpha_bar_prev = 1.
+
+    Returns the next sample in x's dtype. Raises TypeError or ValueError for what does not fit.
+    """
+    logvar = None
+    if isinstance(variance, Tensor):
+        logvar, variance = variance, "learned"
+    elif variance not in ("fixed_small", "fixed_large"):
+        raise ValueError(
+            f"variance: got {variance!r}, expected 'fixed_small', 'fixed_large' or a tensor"
+        )
+    row = ddpm_row(alpha_bar, alpha_bar_prev, prediction, clip, variance)
+    return _one_step(row, x, model_output, uncond, guidance_scale, logvar, seed, noise, step,
+                     sample_ids, out, backend)  # fmt: skip
+
+
+def ddim_step(
+    x: Tensor,
+    model_output: Tensor,
+    alpha_bar: float,
+    alpha_bar_prev: float,
+    *,
+    uncond: Tensor | None = None,
+    guidance_scale: float | Sequence[float] | Tensor = 1.0,
+    prediction: str = "epsilon",
+    clip: float | tuple[float, float] | None = None,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+    seed: int | Sequence[int] | Tensor | None = None,
+    noise: Tensor | None = None,
+    step: int | None = None,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x_t to x_s by DDIM: Song, Meng & Ermon (2021), eq. 12.
+
+    eta: 0 is deterministic and draws no noise; 1 has DDPM's variance (eq. 16).
+    use_clipped_model_output: epsilon is derived again from the clipped estimate of x_0.
+    The other arguments, the result and what is raised are ``ddpm_step``'s.
+    """
+    row = ddim_row(alpha_bar, alpha_bar_prev, prediction, clip, eta, use_clipped_model_output)
+    return _one_step(row, x, model_output, uncond, guidance_scale, None, seed, noise, step,
+                     sample_ids, out, backend)  # fmt: skip
+
+
+def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count, sample_ids, out,
+              backend) -> Tensor:  # fmt: skip
+    """``step`` for one output, with the checks that this case needs and no more."""
+    checks.tensor("x", x)
+    checks.like("model_output", output, "x", x)
+    shape, device = x.shape, x.device
+    if uncond is not None:
+        checks.like("uncond", uncond, "x", x)
+    if logvar is not None:
+        checks.like("variance", logvar, "x", x)
+    if type(guidance) is not float:
+        guidance = checks.per_sample("guidance_scale", guidance, shape[0], device)
+        if isinstance(guidance, Tensor):
+            guidance = guidance.float()
+    elif not math.isfinite(guidance):
+        checks.number("guidance_scale", guidance)
+    key: kernel.Seed = None
+    ids: int | Tensor = 0
+    normals: tuple[Tensor, ...] = ()
+    if row.noises:
+        if noise is not None:
+            normals = (checks.like("noise", noise, "x", x),)
+            if seed is not None:
+                raise ValueError("seed, noise: got both, expected one of them")
+        elif seed is None:
+            raise ValueError("seed, noise: this step draws noise, got neither")
+        else:
+            if step_count is None:
+                raise ValueError(
+                    "step: must be given with seed, or every call would repeat the noise"
+                )
+            checks.size(shape)
+            key = checks.seed(seed, shape[0], device)
+            ids = checks.sample_ids(sample_ids, shape[0], device)
+            step_count = checks.step(step_count)
+    outs = None
+    if out is not None:
+        outs = [checks.out(out, shape, x.dtype, device, (x, output, uncond, logvar, *normals))]
+    return kernel.run(
+        shape, row, backend=kernel.choose(backend, x, output, uncond, logvar, *normals),
+        dtypes=(x.dtype,), device=device, like=x, x=x, cond=output, uncond=uncond, logvar=logvar,
+        noise=normals, guidance=guidance, seed=key, sample_ids=ids, step=step_count or 0, out=outs,
+    )[0]  # fmt: skip

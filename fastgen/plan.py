@@ -1,0 +1,192 @@
+"""A sampler as a table: rows of numbers that one kernel runs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HISTORY = 7
+INPUTS = ("x", "e", "u", "denoised", "known", *(f"h{k}" for k in range(HISTORY)))
+MAX_OUTPUTS = 4
+MAX_NOISES = 4
+ROW_FLOATS = 72
+_WEIGHTS, _NOISE = 8, 8 + MAX_OUTPUTS * len(INPUTS)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of a step: ``sum weights[name] * name + sum noise[m] * z_m``.
+
+    weights: from an input's name ("x", "e", "u", "denoised", "known", "h0" ... "h6") to its factor.
+    noise: factors of z_0, z_1, ... (at most 4).
+    target: "x", the next sample; "input", the next network input; or a history slot 0 ... 6.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    noise: tuple[float, ...] = ()
+    target: str | int = "x"
+
+    def __post_init__(self) -> None:
+        unknown = set(self.weights) - set(INPUTS)
+        if unknown:
+            raise ValueError(f"weights: unknown input {sorted(unknown)[0]!r}, expected {INPUTS}")
+        if len(self.noise) > MAX_NOISES:
+            raise ValueError(f"noise: got {len(self.noise)} factors, expected at most {MAX_NOISES}")
+        if self.target not in ("x", "input") and self.target not in range(HISTORY):
+            raise ValueError(
+                f"target: got {self.target!r}, expected 'x', 'input' or a slot below {HISTORY}"
+            )
+        object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+        object.__setattr__(self, "noise", tuple(float(s) for s in self.noise))
+
+    def __reduce__(self):
+        return Output, (dict(self.weights), self.noise, self.target)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of a sampler.
+
+        e   = u + g (c - u)
+        d   = clip(denoised[0] x + denoised[1] e)
+        y_j = outputs[j], a linear combination of x, e, u, d, known, history and normals
+
+    outputs: the first is the next sample. denoised: (a_x, a_e). clip: (low, high) or None.
+    logvar: (b, b_0): z_0 is multiplied by exp((b logvar + b_0) / 2) where a step is given a
+    log-variance. model_time: what the network is told. input_scale: c_in, what x is multiplied by
+    before the network sees it.
+
+    Raises ValueError for a number that is not finite (clip excepted) and for too many outputs.
+    """
+
+    outputs: tuple[Output, ...]
+    denoised: tuple[float, float] = (0.0, 0.0)
+    clip: tuple[float, float] | None = None
+    logvar: tuple[float, float] = (1.0, 0.0)
+    model_time: float = 0.0
+    input_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.outputs) <= MAX_OUTPUTS:
+            raise ValueError(f"outputs: got {len(self.outputs)}, expected 1 to {MAX_OUTPUTS}")
+        low, high = self.clip or (-math.inf, math.inf)
+        if not low <= high:
+            raise ValueError(f"clip: got ({low}, {high}), expected low <= high")
+        numbers = [*self.denoised, *self.logvar, self.model_time, self.input_scale]
+        for output in self.outputs:
+            numbers += [*output.weights.values(), *output.noise]
+        with np.errstate(over="ignore"):
+            if not np.isfinite(np.array(numbers, dtype=np.float32)).all():
+                raise ValueError("row: a coefficient is NaN, infinite or beyond float32")
+
+    @functools.cached_property
+    def floats(self) -> np.ndarray:
+        """The row as the kernels read it: (72,) float32, laid out as csrc/params.h StepRow."""
+        row = np.zeros(ROW_FLOATS, dtype=np.float32)
+        row[0:2] = self.denoised
+        row[2:4] = self.clip or (-math.inf, math.inf)
+        row[4:6] = self.logvar
+        for j, output in enumerate(self.outputs):
+            for name, weight in output.weights.items():
+                row[_WEIGHTS + j * len(INPUTS) + INPUTS.index(name)] = weight
+            start = _NOISE + j * MAX_NOISES
+            row[start : start + len(output.noise)] = output.noise
+        row.flags.writeable = False
+        return row
+
+    @functools.cached_property
+    def packed(self) -> bytes:
+        return self.floats.tobytes()
+
+    @functools.cached_property
+    def noises(self) -> int:
+        """How many normals an element takes: 0 where the row is deterministic."""
+        used = [m + 1 for o in self.outputs for m, s in enumerate(o.noise) if s != 0]
+        return max(used, default=0)
+
+    @functools.cached_property
+    def reads(self) -> frozenset[str]:
+        """The inputs whose weight is not zero, with what the denoised sample is made from."""
+        names = {n for o in self.outputs for n, w in o.weights.items() if w != 0}
+        if "denoised" in names:
+            names |= {n for n, a in zip(("x", "e"), self.denoised, strict=True) if a != 0}
+        return frozenset(names)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole sampling run: what a solver returns.
+
+    rows: one a step. initial_scale: standard deviation of the first sample. history: how many
+    slots of former results the rows use. discrete: whether ``model_time`` is an integer timestep
+    (int64 for the network) or a noise level (float32). solver: its name, for people.
+
+    Raises ValueError where a row reads a history slot that no earlier row has written.
+    """
+
+    rows: tuple[Row, ...]
+    initial_scale: float = 1.0
+    discrete: bool = True
+    solver: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        if not self.rows:
+            raise ValueError("rows: got none, expected at least one step")
+        if not (math.isfinite(self.initial_scale) and self.initial_scale >= 0):
+            raise ValueError(f"initial_scale: got {self.initial_scale}, expected a finite number")
+        written: set[str] = set()
+        for i, row in enumerate(self.rows):
+            if row.outputs[0].target != "x":
+                raise ValueError(f"rows[{i}]: the first output must be the next sample")
+            targets = [output.target for output in row.outputs]
+            if len(set(targets)) != len(targets):
+                raise ValueError(f"rows[{i}]: two outputs with the same target")
+            unwritten = {name for name in row.reads if name[0] == "h"} - written
+            if unwritten:
+                raise ValueError(f"rows[{i}]: reads {sorted(unwritten)} before it is written")
+            written |= {f"h{t}" for t in targets if isinstance(t, int)}
+            last = i + 1 == len(self.rows)
+            scaled = not last and self.rows[i + 1].input_scale != 1.0
+            if scaled and "input" not in targets:
+                raise ValueError(
+                    f"rows[{i + 1}]: input_scale is not 1, so rows[{i}] must make the network input"
+                )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def network_calls(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def history(self) -> int:
+        """How many history slots the rows write."""
+        slots = [o.target for row in self.rows for o in row.outputs if isinstance(o.target, int)]
+        return max(slots, default=-1) + 1
+
+    @functools.cached_property
+    def stochastic(self) -> bool:
+        return any(row.noises for row in self.rows)
+
+    def table(self, device: torch.device | str | None = None) -> Tensor:
+        """(steps, 72) float32: all coefficients, for a step whose row is chosen on the device."""
+        return torch.tensor(np.stack([row.floats for row in self.rows]), device=device)
+
+    def times(self, device: torch.device | str | None = None) -> Tensor:
+        """(steps,) what the network is told: int64 timesteps or float32 noise levels."""
+        dtype = torch.int64 if self.discrete else torch.float32
+        return torch.tensor([row.model_time for row in self.rows], dtype=dtype, device=device)
+
+
+def stack_rows(rows: Sequence[Row], device: torch.device | str | None = None) -> Tensor:
+    """(B, 72) float32: a row per sample, for ``fastgen.step``."""
+    return torch.tensor(np.stack([row.floats for row in rows]), device=device)

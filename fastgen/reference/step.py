@@ -1,0 +1,100 @@
+"""The step of every sampler, from a row of numbers: the formula that the kernels fuse.
+
+    e   = scale (u + g (c - u))
+    d   = clip(a_x x + a_e e)
+    y_j = sum_k C[j,k] in_k + sum_m S[j,m] z_m,   in = (x, e, u, d, known, h_1 ... h_7)
+
+z_0 is multiplied by exp((b logvar + b_0) / 2) where a log-variance is given. Sums run left to right
+over the terms that are there: a weight of zero, or an absent tensor, drops its term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .arithmetic import exp, working_dtype
+
+INPUTS = 12  # x, e, u, denoised, known, seven of history
+OUTPUTS = 4
+NOISES = 4
+ROW_FLOATS = 72
+_WEIGHTS, _NOISE = 8, 8 + OUTPUTS * INPUTS
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """(1,) or (B,) as a factor of ``like`` (B, ...)."""
+    return value.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def _sum(terms: Sequence[tuple[Tensor, Tensor | None]], like: Tensor) -> Tensor:
+    total = torch.full_like(like, -0.0)  # the neutral element of addition
+    for weight, value in terms:
+        if value is not None:
+            factor = per_sample(weight, like)
+            total = torch.where(factor != 0, total + factor * value, total)
+    return total
+
+
+def guide(cond: Tensor, uncond: Tensor | None, guidance: Tensor) -> Tensor:
+    """u + g (c - u) (Ho & Salimans 2022, with g = 1 + w); exactly c where g = 1."""
+    if uncond is None:
+        return cond
+    g = per_sample(guidance, cond)
+    return torch.where(g == 1, cond, uncond + g * (cond - uncond))
+
+
+def clip(value: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Comparisons, so that NaN is passed on."""
+    value = torch.where(value < low, low, value)
+    return torch.where(value > high, high, value)
+
+
+def step(
+    shape: Sequence[int],
+    x: Tensor | None,
+    cond: Tensor | None,
+    uncond: Tensor | None,
+    known: Tensor | None,
+    logvar: Tensor | None,
+    history: Sequence[Tensor],
+    noise: Sequence[Tensor],
+    rows: Tensor,
+    guidance: Tensor,
+    output_scale: Tensor | None,
+    outputs: int,
+) -> list[Tensor]:
+    """The outputs y_0 ... of ``shape`` (B, ...), in float32 (float64 where an input has it).
+
+    ``rows``: (1, 72) or (B, 72), laid out as ``csrc/params.h`` StepRow; ``guidance``: (1,) or (B,);
+    ``output_scale``: (B,). ``noise``: z_0 ..., drawn already.
+    """
+    dtype = working_dtype(x, cond, uncond, known, logvar, *history, *noise)
+
+    def widen(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    x, u, known, logvar = widen(x), widen(uncond), widen(known), widen(logvar)
+    blank = rows.new_empty((), dtype=dtype).expand(tuple(shape))
+    rows = rows.to(dtype)
+    e = None
+    if cond is not None:
+        e = guide(cond.to(dtype), u, guidance)
+        if output_scale is not None:
+            e = per_sample(output_scale, e) * e
+    d = _sum([(rows[:, 0], x), (rows[:, 1], e)], blank)
+    d = clip(d, per_sample(rows[:, 2], d), per_sample(rows[:, 3], d))
+    z = [n.to(dtype) for n in noise]
+    if logvar is not None and z:
+        z[0] = exp(0.5 * (per_sample(rows[:, 4], blank) * logvar + per_sample(rows[:, 5], blank))) * z[0]
+    inputs = [x, e, u, d, known, *map(widen, history)]
+    results = []
+    for j in range(outputs):
+        weights = rows[:, _WEIGHTS + j * INPUTS :]
+        scales = rows[:, _NOISE + j * NOISES :]
+        terms = [(weights[:, k], value) for k, value in enumerate(inputs)]
+        terms += [(scales[:, m], value) for m, value in enumerate(z)]
+        results.append(_sum(terms, blank))
+    return results

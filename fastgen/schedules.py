@@ -1,0 +1,132 @@
+"""Noise schedules: how much signal is left at each timestep. float64, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import checks
+
+SPACINGS = ("trailing", "leading", "linspace")
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The signal level alpha_bar of a variance-preserving forward process at timesteps 0 ... N-1.
+
+        x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+
+    alpha_bars: (N,), in [0, 1], not increasing; kept as a read-only float64 array.
+    Raises ValueError for values out of range, increasing or not finite.
+    """
+
+    alpha_bars: np.ndarray
+
+    def __post_init__(self) -> None:
+        values = np.array(self.alpha_bars, dtype=np.float64)
+        if values.ndim != 1 or values.size == 0:
+            raise ValueError(f"alpha_bars: got shape {values.shape}, expected (N,) with N >= 1")
+        if not np.all((values >= 0) & (values <= 1)):  # NaN fails as well
+            raise ValueError("alpha_bars: expected finite numbers in [0, 1]")
+        if np.any(np.diff(values) > 0):
+            raise ValueError("alpha_bars: expected a sequence that never increases")
+        values.flags.writeable = False
+        object.__setattr__(self, "alpha_bars", values)
+
+    def __len__(self) -> int:
+        return len(self.alpha_bars)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NoiseSchedule):
+            return NotImplemented
+        return np.array_equal(self.alpha_bars, other.alpha_bars)
+
+    def __hash__(self) -> int:
+        return hash(self.alpha_bars.tobytes())
+
+    @classmethod
+    def from_alpha_bars(cls, alpha_bars: Sequence[float] | np.ndarray) -> NoiseSchedule:
+        """From the signal levels themselves."""
+        return cls(np.asarray(alpha_bars))
+
+    @classmethod
+    def from_betas(cls, betas: Sequence[float] | np.ndarray) -> NoiseSchedule:
+        """From the variances added at each timestep: alpha_bar_t = prod_{i <= t} (1 - beta_i)."""
+        betas = np.asarray(betas, dtype=np.float64)
+        if betas.ndim != 1 or not np.all((betas >= 0) & (betas <= 1)):
+            raise ValueError("betas: expected a sequence of finite numbers in [0, 1]")
+        return cls(np.cumprod(1.0 - betas))
+
+    @classmethod
+    def linear(
+        cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> NoiseSchedule:
+        """Betas evenly spaced: Ho, Jain & Abbeel (2020), section 4."""
+        timesteps = checks.integer("timesteps", timesteps, 1)
+        return cls.from_betas(np.linspace(beta_start, beta_end, timesteps))
+
+    @classmethod
+    def scaled_linear(
+        cls, timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> NoiseSchedule:
+        """Square roots of the betas evenly spaced: Rombach et al. (2022), latent diffusion."""
+        timesteps = checks.integer("timesteps", timesteps, 1)
+        return cls.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, timesteps) ** 2)
+
+    @classmethod
+    def cosine(
+        cls, timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
+    ) -> NoiseSchedule:
+        """alpha_bar(t) = cos^2((t + s) / (1 + s) pi / 2): Nichol & Dhariwal (2021), eq. 17."""
+        timesteps = checks.integer("timesteps", timesteps, 1)
+        t = np.arange(timesteps + 1) / timesteps
+        level = np.cos((t + offset) / (1.0 + offset) * np.pi / 2) ** 2
+        return cls.from_betas(np.minimum(1.0 - level[1:] / level[:-1], max_beta))
+
+    @classmethod
+    def sigmoid(
+        cls,
+        timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        limit: float = 6.0,
+    ) -> NoiseSchedule:
+        """Betas along a sigmoid over [-limit, limit]: Xu et al., GeoDiff (2022), appendix."""
+        timesteps = checks.integer("timesteps", timesteps, 1)
+        rise = 1.0 / (1.0 + np.exp(-np.linspace(-limit, limit, timesteps)))
+        return cls.from_betas(beta_start + (beta_end - beta_start) * rise)
+
+    def rescaled_to_zero_terminal_snr(self) -> NoiseSchedule:
+        """The last level moved to zero, the first kept: Lin et al. (2024), algorithm 1."""
+        root = np.sqrt(self.alpha_bars)
+        if root[0] == root[-1]:
+            raise ValueError("alpha_bars: a constant schedule cannot be rescaled")
+        level = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return NoiseSchedule(np.minimum.accumulate(level))
+
+    def timesteps(self, steps: int, spacing: str = "trailing") -> np.ndarray:
+        """``steps`` timesteps, from the noisiest down, int64.
+
+        spacing: "trailing" ends on the last timestep, "leading" on the first, "linspace" on both
+        (Lin et al. 2024, table 2). Raises ValueError for more steps than timesteps.
+        """
+        steps = checks.integer("steps", steps, 1)
+        total = len(self)
+        if steps > total:
+            raise ValueError(f"steps: got {steps}, expected at most {total}, the schedule's length")
+        checks.one_of("spacing", spacing, SPACINGS)
+        if spacing == "trailing":
+            chosen = np.round(total - np.arange(steps) * (total / steps)) - 1
+        elif spacing == "leading":
+            chosen = (np.arange(steps) * (total // steps))[::-1]
+        else:
+            chosen = np.round(np.linspace(0, total - 1, steps))[::-1]
+        return chosen.astype(np.int64)
+
+    def pairs(self, steps: int, spacing: str = "trailing") -> list[tuple[int, float, float]]:
+        """(timestep t, alpha_bar at t, alpha_bar at the next timestep): one a step, ending at 1."""
+        chosen = self.timesteps(steps, spacing)
+        levels = [*self.alpha_bars[chosen].tolist(), 1.0]
+        return list(zip(chosen.tolist(), levels[:-1], levels[1:], strict=True))

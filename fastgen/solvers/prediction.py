@@ -1,0 +1,50 @@
+"""What a network predicts, as linear forms of the sample x and its output e."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from .. import checks
+
+PREDICTIONS = ("epsilon", "sample", "v")
+Pair = tuple[float, float]  # weights of x and e
+
+
+def denoised(prediction: str, alpha_bar: float) -> Pair:
+    """The estimate of x_0: Ho et al. (2020), eq. 15; for v Salimans & Ho (2022), appendix D.
+
+    Raises ValueError for epsilon prediction without signal (alpha_bar = 0), where x_0 is lost.
+    """
+    checks.one_of("prediction", prediction, PREDICTIONS)
+    signal, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
+    if prediction == "sample":
+        return 0.0, 1.0
+    if prediction == "v":
+        return signal, -sigma
+    if alpha_bar == 0.0:
+        raise ValueError(
+            "alpha_bar: got 0, where epsilon prediction says nothing of x_0; use 'v' or 'sample'"
+        )
+    return 1.0 / signal, -sigma / signal
+
+
+def epsilon(prediction: str, alpha_bar: float) -> Pair:
+    """The estimate of the noise, from the same prediction."""
+    signal, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
+    if prediction == "epsilon":
+        return 0.0, 1.0
+    if prediction == "v":
+        return sigma, signal
+    if sigma == 0.0:
+        raise ValueError("alpha_bar: got 1, where sample prediction says nothing of the noise")
+    return 1.0 / sigma, -signal / sigma
+
+
+def folded(weights: Mapping[str, float], estimate: Pair) -> dict[str, float]:
+    """Weights of x, e and the denoised sample as weights of x and e: where nothing is clipped."""
+    d = weights.get("denoised", 0.0)
+    x = weights.get("x", 0.0) + d * estimate[0]
+    e = weights.get("e", 0.0) + d * estimate[1]
+    rest = {name: w for name, w in weights.items() if name not in ("x", "e", "denoised")}
+    return {"x": x, "e": e} | rest
