@@ -9,6 +9,8 @@ namespace fastgen {
 constexpr int kMaxDims = 8;
 constexpr int64_t kChunk = 1024;  // elements of one leaf of the reduction tree, and of a CPU tile
 
+constexpr int64_t kMaxNoiseElements = int64_t{1} << 34;  // of one sample: the counter's 32 bits
+
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // The logical shape that all tensors of a call share: `batch` samples of `elements` each, walked
@@ -106,6 +108,36 @@ struct RescaleParams {
     float rescale;
     float* partials;  // (batch, 5, chunks): sum and centred square sum of cond, of guided; scratch
     float* scale;     // (batch,)
+};
+
+// ---- conv_transpose -------------------------------------------------------------------------
+enum Activation : int32_t {
+    kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kTanh = 3, kSigmoid = 4, kSilu = 5, kGelu = 6
+};
+
+// y = activation(scale (v + bias) + shift) of one output channel
+struct Epilogue {
+    const float *bias, *scale, *shift;  // (channels,), null: 0, 1, 0
+    Activation activation;
+    float negative_slope;
+};
+
+// out[b, c, o] = epilogue of the sum of columns[b, c, k, i] over all o = i stride - padding
+// + k dilation, in the order of k. Sizes are (depth, height, width), 1 where a dim is absent.
+struct FoldParams {
+    const float* columns;  // (batch, channels, taps, inputs): the last dim dense
+    int64_t sample_stride, channel_stride, tap_stride;
+    Tensor out;            // stride: (channel, depth, height, width)
+    int64_t batch, channels;
+    int64_t in_size[3], out_size[3], kernel[3], stride[3], padding[3], dilation[3];
+    Epilogue epilogue;
+};
+
+// out = epilogue of in; both dense as (outer, channels, inner), strides unused. May be in place.
+struct ChannelEpilogueParams {
+    Tensor in, out;
+    int64_t outer, channels, inner;
+    Epilogue epilogue;
 };
 
 }  // namespace fastgen

@@ -20,7 +20,11 @@ except ImportError as error:  # a broken or missing build must not hide the refe
     _native_error = str(error)
 else:
     _native_error = ""
-    _native.set_dtypes(torch.float32, torch.bfloat16, torch.float16)
+    _native.set_torch(
+        (torch.float32, torch.bfloat16, torch.float16),
+        (torch.Tensor, torch.nn.Parameter),
+        torch.empty_like,
+    )
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
 OPS = {  # op: what has a kernel for it

@@ -166,24 +166,22 @@ def per_sample(name: str, value: Any, batch: int, device: torch.device) -> float
     return value.reshape(-1)
 
 
+class _Footprint:
+    """The addresses a tensor covers, as NumPy's array interface; never read through."""
+
+    def __init__(self, value: Tensor) -> None:
+        width = value.element_size()
+        self.__array_interface__ = {
+            "shape": tuple(value.shape),
+            "strides": tuple(s * width for s in value.stride()),
+            "typestr": f"|V{width}",
+            "data": (value.data_ptr(), False),
+            "version": 3,
+        }
+
+
 def _footprint(value: Tensor) -> np.ndarray:
-    """The addresses a tensor covers, as an array that is never read."""
-    width = value.element_size()
-    return np.asarray(
-        type(
-            "Footprint",
-            (),
-            {
-                "__array_interface__": {
-                    "shape": tuple(value.shape),
-                    "strides": tuple(s * width for s in value.stride()),
-                    "typestr": f"|V{width}",
-                    "data": (value.data_ptr(), False),
-                    "version": 3,
-                }
-            },
-        )()
-    )
+    return np.asarray(_Footprint(value))
 
 
 def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device,
@@ -203,8 +201,12 @@ def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.devi
         return value
     if not value.is_contiguous() and torch._debug_has_internal_overlap(value) == 1:
         raise ValueError("out: several of its elements share memory (an expanded tensor)")
+    first, last = _span(value)
     for given in inputs:
-        if given is None or given is value or _same_view(value, given):
+        if given is None or given is value:
+            continue
+        start, end = _span(given)
+        if end <= first or last <= start or _same_view(value, given):
             continue
         try:
             shared = np.shares_memory(_footprint(value), _footprint(given), max_work=10_000)
@@ -213,6 +215,15 @@ def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.devi
         if shared:
             raise ValueError("out: overlaps an input partly; give the input itself, or other memory")
     return value
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    """The first address of a tensor and the one behind its last."""
+    start = value.data_ptr()
+    if value.numel() == 0:
+        return start, start
+    reach = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    return start, start + (reach + 1) * value.element_size()
 
 
 def _same_view(a: Tensor, b: Tensor) -> bool:

@@ -11,6 +11,8 @@ struct CpuKernels {
     void (*reparameterize)(const ReparameterizeParams&, int threads);
     void (*reparameterize_backward)(const ReparameterizeParams&, int threads);
     void (*rescale)(const RescaleParams&, int threads);
+    void (*conv_transpose_fold)(const FoldParams&, int threads);
+    void (*channel_epilogue)(const ChannelEpilogueParams&, int threads);
 };
 
 // One table an instruction set; FASTGEN_ISA is the one a file is being compiled for.
@@ -32,6 +34,8 @@ void step(const StepParams&, int threads);
 void reparameterize(const ReparameterizeParams&, int threads);
 void reparameterize_backward(const ReparameterizeParams&, int threads);
 void rescale(const RescaleParams&, int threads);
+void conv_transpose_fold(const FoldParams&, int threads);
+void channel_epilogue(const ChannelEpilogueParams&, int threads);
 }  // namespace FASTGEN_ISA
 #endif
 

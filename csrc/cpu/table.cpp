@@ -6,6 +6,7 @@
 namespace fastgen::FASTGEN_ISA {
 
 const CpuKernels kernels = {FASTGEN_STRING(FASTGEN_ISA), step, reparameterize,
-                            reparameterize_backward, rescale};
+                            reparameterize_backward, rescale,
+                            conv_transpose_fold, channel_epilogue};
 
 }  // namespace fastgen::FASTGEN_ISA

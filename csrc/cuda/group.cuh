@@ -15,15 +15,15 @@ constexpr int kWarp = 32;
 // kStrided: any strides; four elements 32 apart, so that a warp's lanes are neighbours.
 enum class Layout { kFloat32, kMixed, kStrided };
 
-// n / divisor for n < 2^31: Granlund & Montgomery, "Division by invariant integers using
-// multiplication" (1994).
+// n / size for 0 <= n < 2^63 is (high(n multiplier) + n) >> shift: Granlund & Montgomery, "Division
+// by invariant integers using multiplication" (1994).
 struct Divider {
-    uint32_t multiplier, shift;
+    uint64_t multiplier;
+    uint32_t shift;
 };
 
-// How to turn an element's logical index into offsets; read by kStrided alone.
+// How an element's logical index becomes an offset; read by kStrided alone.
 struct Walk {
-    bool narrow;  // every index is below 2^31: divide by multiplication
     Divider divider[kMaxDims];
 };
 
@@ -142,26 +142,23 @@ class Group {
     }
 
     __device__ __forceinline__ void offsets(int64_t at[4], const Tensor& tensor) const {
-        int64_t rest[4];
+        uint64_t rest[4];
         for (int i = 0; i < 4; ++i) {
             rest[i] = first_ + kWarp * i;
             at[i] = sample_ * tensor.batch_stride;
         }
 #pragma unroll 1
         for (int dim = shape_.ndim - 1; dim > 0; --dim) {
+            const Divider by = walk_.divider[dim];
             const int64_t size = shape_.size[dim], stride = tensor.stride[dim];
             for (int i = 0; i < 4; ++i) {
-                const int64_t quotient = divide(rest[i], size, walk_.divider[dim]);
-                at[i] += (rest[i] - quotient * size) * stride;
+                const uint64_t quotient =
+                    (__umul64hi(rest[i], by.multiplier) + rest[i]) >> by.shift;
+                at[i] += int64_t(rest[i] - quotient * size) * stride;
                 rest[i] = quotient;
             }
         }
-        for (int i = 0; i < 4; ++i) at[i] += rest[i] * tensor.stride[0];
-    }
-
-    __device__ __forceinline__ int64_t divide(int64_t n, int64_t size, Divider by) const {
-        if (!walk_.narrow) return n / size;
-        return (__umulhi(uint32_t(n), by.multiplier) + uint32_t(n)) >> by.shift;
+        for (int i = 0; i < 4; ++i) at[i] += int64_t(rest[i]) * tensor.stride[0];
     }
 
     __device__ __forceinline__ uint32_t fetch(const Tensor& tensor, const int64_t at[4],

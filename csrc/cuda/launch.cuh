@@ -41,19 +41,21 @@ inline Layout choose_layout(const Shape& shape, const Operands& operands) {
 
 inline Walk walk_of(const Shape& shape) {
     Walk walk{};
-    // The last warp's lanes count on past the end.
-    walk.narrow = shape.elements <= INT32_MAX - 4096;
-    for (int dim = 0; walk.narrow && dim < shape.ndim; ++dim) {
+    for (int dim = 0; dim < shape.ndim; ++dim) {
         Divider& by = walk.divider[dim];
         const uint64_t size = uint64_t(shape.size[dim]);
         while ((uint64_t{1} << by.shift) < size) ++by.shift;
-        by.multiplier =
-            uint32_t((uint64_t{1} << 32) * ((uint64_t{1} << by.shift) - size) / size + 1);
+        const unsigned __int128 excess = (uint64_t{1} << by.shift) - size;
+        by.multiplier = uint64_t((excess << 64) / size + 1);
     }
     return walk;
 }
 
-inline int elements_per_thread(Layout layout) { return layout == Layout::kMixed ? 8 : 4; }
+inline int64_t elements_per_thread(Layout layout) { return layout == Layout::kMixed ? 8 : 4; }
+
+// Threads that cover one leaf of the reduction tree.
+template <Layout kLayout>
+constexpr int kLeafThreads = int(kChunk) / Group<kLayout>::kElements;
 
 // Whole warps, no more than `most` threads and no more than a sample needs.
 inline unsigned block_size(const Shape& shape, Layout layout, int most) {
@@ -69,13 +71,20 @@ inline dim3 grid_size(const Shape& shape, Layout layout, unsigned block) {
                 unsigned(shape.batch < kMaxGridRows ? shape.batch : kMaxGridRows));
 }
 
+// A thread block a sample, as far as the grid goes.
+inline dim3 rows_of(const Shape& shape) {
+    return dim3(unsigned(shape.batch < INT32_MAX ? shape.batch : INT32_MAX));
+}
+
 // The launch's own error, and nothing left behind for whoever asks the runtime next.
 template <typename... Parameters>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
            const Parameters&... parameters) {
-    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-    const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block,
-                                               pointers, 0, static_cast<cudaStream_t>(stream));
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.stream = static_cast<cudaStream_t>(stream);
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
     if (error != cudaSuccess) cudaGetLastError();
     return error;
 }

@@ -9,6 +9,8 @@ int step(const StepParams&, void* stream);
 int reparameterize(const ReparameterizeParams&, void* stream);
 int reparameterize_backward(const ReparameterizeParams&, void* stream);
 int rescale(const RescaleParams&, void* stream);
+// Whether the current device and driver can run these kernels at all.
+int probe();
 const char* error_string(int error);
 
 }  // namespace fastgen::cuda

@@ -10,11 +10,23 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kFewHistory = 2;  // of a kernel that also has no known image and z_0 alone
 
-// Bit k: in_k is needed; bit kInputs + m: z_m is.
+// Bit k: in_k; bit kInputs + m: z_m. A term whose tensor is absent is dropped, as one with a zero
+// weight is.
 struct Terms {
-    uint32_t needed;
+    uint32_t present, needed;
     uint32_t of_output[kOutputs];
 };
+
+uint32_t present(const StepParams& p) {
+    const Tensor* inputs[] = {&p.x, &p.cond, &p.uncond, nullptr, &p.known};
+    uint32_t all = 1u << kDenoised;
+    for (int k = 0; k < kFirstHistory; ++k) all |= uint32_t(inputs[k] && inputs[k]->data) << k;
+    for (int k = 0; k < kHistory; ++k)
+        all |= uint32_t(p.history[k].data != nullptr) << (kFirstHistory + k);
+    for (int m = 0; m < kNoises; ++m)
+        all |= uint32_t(p.draws || p.given_noise[m].data) << (kInputs + m);
+    return all;
+}
 
 __host__ __device__ __forceinline__ uint32_t terms_of(const StepRow& row, int output) {
     uint32_t terms = 0;
@@ -29,12 +41,12 @@ __host__ __device__ __forceinline__ uint32_t needed(const StepRow& row, const Te
     for (int j = 0; j < kOutputs; ++j) all |= terms.of_output[j];
     if (all >> kDenoised & 1u)
         all |= uint32_t(row.denoise_x != 0.0f) << kX | uint32_t(row.denoise_e != 0.0f) << kE;
-    return all;
+    return all & terms.present;
 }
 
 // The whole thread block fetches the sample's row.
-__device__ __forceinline__ void fetch_row(const StepParams& p, int64_t sample, StepRow& row,
-                                          Terms& terms) {
+__device__ __forceinline__ void fetch_row(const StepParams& p, uint32_t present, int64_t sample,
+                                          StepRow& row, Terms& terms) {
     __syncthreads();  // the last sample's row is no longer read
     const StepRow* from =
         p.rows + ((p.row_pointer ? *p.row_pointer : 0) + sample * p.row_stride);
@@ -42,7 +54,9 @@ __device__ __forceinline__ void fetch_row(const StepParams& p, int64_t sample, S
         reinterpret_cast<float*>(&row)[i] = reinterpret_cast<const float*>(from)[i];
     __syncthreads();
     if (threadIdx.x < kOutputs)
-        terms.of_output[threadIdx.x] = p.out[threadIdx.x].data ? terms_of(row, threadIdx.x) : 0;
+        terms.of_output[threadIdx.x] =
+            p.out[threadIdx.x].data ? terms_of(row, threadIdx.x) & present : 0;
+    if (threadIdx.x == 0) terms.present = present;
     __syncthreads();
     if (threadIdx.x == 0) terms.needed = needed(row, terms);
     __syncthreads();
@@ -104,12 +118,12 @@ __device__ __forceinline__ void run(const StepParams& p, const StepRow& row, con
         }
         if (active >> kDenoised & 1u) {  // d = clip(a_x x + a_e e)
             clear(d);
-            if (row.denoise_x != 0.0f) {
+            if (row.denoise_x != 0.0f && (active >> kX & 1u)) {
                 float v[4];
                 group.widen(v, x, p.x, quad);
                 add_term(d, row.denoise_x, v);
             }
-            if (row.denoise_e != 0.0f) add_term(d, row.denoise_e, e);
+            if (row.denoise_e != 0.0f && (active >> kE & 1u)) add_term(d, row.denoise_e, e);
             for (int i = 0; i < 4; ++i) {
                 const float raised = d[i] < row.clip_low ? row.clip_low : d[i];
                 d[i] = raised > row.clip_high ? row.clip_high : raised;
@@ -158,7 +172,7 @@ __device__ __forceinline__ void run(const StepParams& p, const StepRow& row, con
 
 // kDraws: a normal is drawn. kMany: more than kFewHistory and so on. kByPointer: `p.rows` is read.
 template <Layout kLayout, bool kDraws, bool kMany, bool kByPointer>
-__global__ void __launch_bounds__(kThreads, kMany ? 4 : kLayout == Layout::kFloat32 ? 8 : 6)
+__global__ void __launch_bounds__(kThreads, kMany ? 3 : 6)
     step_kernel(const __grid_constant__ StepParams p, const __grid_constant__ Terms terms,
                 const __grid_constant__ Walk walk) {
     __shared__ float4 exchange[kDraws && kLayout == Layout::kStrided ? kThreads : 1];
@@ -166,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kMany ? 4 : kLayout == Layout::kFloa
         if constexpr (kByPointer) {
             __shared__ StepRow row_of_sample;
             __shared__ Terms terms_of_sample;
-            fetch_row(p, sample, row_of_sample, terms_of_sample);
+            fetch_row(p, terms.present, sample, row_of_sample, terms_of_sample);
             run<kLayout, kDraws, kMany>(p, row_of_sample, terms_of_sample, walk, sample, exchange);
         } else {
             run<kLayout, kDraws, kMany>(p, p.row, terms, walk, sample, exchange);
@@ -174,21 +188,15 @@ __global__ void __launch_bounds__(kThreads, kMany ? 4 : kLayout == Layout::kFloa
     }
 }
 
-bool draws(const StepParams& p, const Terms& terms) {
-    for (int m = 0; m < kNoises; ++m) {
-        const bool used = p.rows ? p.stream[m] != 0 : terms.needed >> (kInputs + m) & 1u;
-        if (used && !p.given_noise[m].data) return true;
-    }
+bool draws(const StepParams& p, uint32_t possible) {
+    for (int m = 0; m < kNoises; ++m)
+        if ((possible >> (kInputs + m) & 1u) && !p.given_noise[m].data) return true;
     return false;
 }
 
-bool has_many(const StepParams& p, const Terms& terms) {
-    bool many = p.known.data;
-    for (int k = kFewHistory; k < kHistory; ++k) many |= p.history[k].data != nullptr;
-    for (int m = 1; m < kNoises; ++m)
-        many |= p.rows ? p.stream[m] != 0 || p.given_noise[m].data
-                       : bool(terms.needed >> (kInputs + m) & 1u);
-    return many;
+bool has_many(uint32_t possible) {
+    constexpr uint32_t kFew = (1u << (kFirstHistory + kFewHistory)) - 1u;
+    return possible & ~(kFew & ~(1u << kKnown) | 1u << kInputs);
 }
 
 }  // namespace
@@ -203,23 +211,24 @@ int step(const StepParams& p, void* stream) {
     operands.add(p.out);
     const Layout layout = choose_layout(p.shape, operands);
     Terms terms{};
+    terms.present = present(p);
     if (!p.rows) {
         for (int j = 0; j < kOutputs; ++j)
-            terms.of_output[j] = p.out[j].data ? terms_of(p.row, j) : 0;
+            terms.of_output[j] = p.out[j].data ? terms_of(p.row, j) & terms.present : 0;
         terms.needed = needed(p.row, terms);
     }
+    // Of rows that are not known here, whatever the tensors allow.
+    const uint32_t possible = p.rows ? terms.present : terms.needed;
     const unsigned block = block_size(p.shape, layout, kThreads);
     const dim3 grid = grid_size(p.shape, layout, block);
     return with_layout(layout, [&](auto layout_tag) {
-        return with_bool(draws(p, terms), [&](auto draws_tag) {
-            return with_bool(has_many(p, terms), [&](auto many_tag) {
+        return with_bool(draws(p, possible), [&](auto draws_tag) {
+            return with_bool(has_many(possible), [&](auto many_tag) {
                 return with_bool(p.rows, [&](auto pointer_tag) {
-                    constexpr Layout kLayout = decltype(layout_tag)::value;
-                    constexpr bool kMany =
-                        decltype(many_tag)::value || kLayout == Layout::kStrided;
-                    return launch(step_kernel<kLayout, decltype(draws_tag)::value, kMany,
-                                              decltype(pointer_tag)::value>,
-                                  grid, dim3(block), stream, p, terms, walk_of(p.shape));
+                    return launch(
+                        step_kernel<decltype(layout_tag)::value, decltype(draws_tag)::value,
+                                    decltype(many_tag)::value, decltype(pointer_tag)::value>,
+                        grid, dim3(block), stream, p, terms, walk_of(p.shape));
                 });
             });
         });

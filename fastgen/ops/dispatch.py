@@ -29,11 +29,23 @@ _dispatch_keys = torch._C._dispatch_keys
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _is_compiling = torch.compiler.is_compiling
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+def is_eager() -> bool:
+    """Whether nothing stands between a call and its kernel: no tracing, mode or transform."""
+    return not (
+        _is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or forward_ad._current_level >= 0
+        or _transforms()
+    )
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether all are ordinary tensors that need no gradient, outside modes and transforms."""
-    if _is_compiling() or _dispatch_modes() or _function_modes() or forward_ad._current_level >= 0:
+    if not is_eager():
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:

@@ -41,14 +41,23 @@ def add_noise(
     Returns x_t, or a tuple (x_t, eps, v) of what was asked for. Raises TypeError or ValueError for
     what does not fit.
     """
+    if (
+        backend is None and sample_ids is None and not (return_noise or return_velocity)
+        and type(alpha_bar) is float and (seed is None) != (noise is None)
+        and (seed is None or step is not None)
+    ):  # fmt: skip
+        row = _row(checks.alpha_bar("alpha_bar", alpha_bar), False, False)
+        result = kernel.quick(row, x0, noise=noise, seed=seed, step=step,
+                              streams=(FORWARD_DIFFUSION,), out=out)  # fmt: skip
+        if result is not None:
+            return result
     checks.tensor("x0", x0)
     checks.size(x0.shape)
     batch, device = x0.shape[0], x0.device
     seed_words, ids, step_count = noise_source(seed, noise, sample_ids, step, x0)
     level = checks.per_sample("alpha_bar", alpha_bar, batch, device)
-    row: Row | Tensor
     if isinstance(level, Tensor):
-        row = _rows(level, return_noise, return_velocity)
+        row: Row | Tensor = _rows(level, return_noise, return_velocity)
     else:
         row = _row(checks.alpha_bar("alpha_bar", level), return_noise, return_velocity)
     count = 1 + return_noise + return_velocity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from . import kernel
 from .dispatch import LIBRARY, is_plain
 
 _ROW = Row((Output({"e": 1.0}),))
+_TERMS = ("x", "e", "known", *(f"h{k}" for k in range(HISTORY)))
 
 
 def cfg_combine(
@@ -35,6 +37,10 @@ def cfg_combine(
 
     Raises ValueError or TypeError for shapes, devices or numbers that do not fit.
     """
+    if backend is None and type(rescale) is float and rescale == 0.0:
+        result = kernel.quick(_ROW, None, cond, uncond, guidance=guidance_scale, out=out)
+        if result is not None:
+            return result
     checks.tensor("cond", cond)
     checks.like("uncond", uncond, "cond", cond)
     guidance = checks.per_sample("guidance_scale", guidance_scale, cond.shape[0], cond.device)
@@ -67,23 +73,30 @@ def combine(
     not fit.
     """
     outputs, weights = list(outputs), list(weights)
-    names = ("x", "e", "known", *(f"h{k}" for k in range(HISTORY)))
     if len(outputs) != len(weights):
         raise ValueError(f"weights: got {len(weights)}, expected {len(outputs)}, one an output")
-    if not 1 <= len(outputs) <= len(names):
-        raise ValueError(f"outputs: got {len(outputs)}, expected 1 to {len(names)}")
+    if not 1 <= len(outputs) <= len(_TERMS):
+        raise ValueError(f"outputs: got {len(outputs)}, expected 1 to {len(_TERMS)}")
+    row = _weighted(tuple(checks.number(f"weights[{i}]", w) for i, w in enumerate(weights)))
+    x, e, known, *history = [*outputs, *[None] * (3 - len(outputs))]
+    if backend is None:
+        result = kernel.quick(row, x, e, None, known, None, *history, out=out)
+        if result is not None:
+            return result
     first = checks.tensor("outputs[0]", outputs[0])
     for i, tensor in enumerate(outputs[1:], 1):
         checks.like(f"outputs[{i}]", tensor, "outputs[0]", first)
-    numbers = [checks.number(f"weights[{i}]", w) for i, w in enumerate(weights)]
-    row = Row((Output(dict(zip(names, numbers, strict=False))),))
     outs = None
     if out is not None:
         outs = [checks.out(out, first.shape, first.dtype, first.device, outputs)]
-    x, e, known, *history = [*outputs, *[None] * (3 - len(outputs))]
     name = kernel.choose(backend, *outputs)
     return kernel.run(first.shape, row, backend=name, dtypes=(first.dtype,), device=first.device,
                       x=x, cond=e, known=known, history=tuple(history), out=outs)[0]  # fmt: skip
+
+
+@functools.lru_cache(1024)
+def _weighted(weights: tuple[float, ...]) -> Row:
+    return Row((Output(dict(zip(_TERMS, weights, strict=False))),))
 
 
 def rescale_factor(

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..plan import INPUTS, MAX_NOISES, MAX_OUTPUTS, Row
 from ..reference.arithmetic import exp, working_dtype
 from ..reference.noise import normal
 from ..reference.step import clip, guide, per_sample
 from ..reference.step import step as reference_step
-from .dispatch import LIBRARY, is_plain
+from .dispatch import LIBRARY, is_eager, is_plain
 
 STEP_STREAMS = (2, 8, 9, 10)  # of z_0 ... z_3, in the noise contract
 
@@ -50,6 +50,45 @@ def call(backend: str, stem: str, function: str, device: torch.device, *argument
         getattr(module, function)(*arguments)
 
 
+def is_quick(seed: object, step: object) -> bool:
+    """Whether a call may try the straight path: eager, with one plain seed or none."""
+    return (
+        backends._native is not None
+        and (
+            seed is None
+            or (type(seed) is int and 0 <= seed < 1 << 64)
+            and (type(step) is int and 0 <= step < checks.MAX_STEPS)
+        )
+        and is_eager()
+    )
+
+
+def quick(
+    row: Row,
+    *operands: Tensor | None,
+    noise: Tensor | None = None,
+    guidance: object = 1.0,
+    seed: object = None,
+    step: object = 0,
+    streams: tuple[int, ...] = STEP_STREAMS,
+    out: Tensor | None = None,
+) -> Tensor | None:
+    """The straight path for one output on the CPU: a single native call that checks its operands
+    (x, cond, uncond, known, logvar, history ...) and runs; None where anything is out of the
+    ordinary, for the general path to serve or to refuse with a reason.
+    """
+    if type(guidance) is not float or not is_quick(seed, step):
+        return None
+    result = backends._native.quick_step(operands, noise, out, row.packed, guidance, seed,
+                               0 if seed is None else step, streams,
+                               torch.is_grad_enabled(), torch.get_num_threads())  # fmt: skip
+    if result is NotImplemented:
+        return None
+    if out is not None:
+        torch.autograd.graph.increment_version(out)
+    return result
+
+
 def run(
     shape: Sequence[int],
     row: Row | Tensor,
@@ -72,7 +111,7 @@ def run(
     sample_ids: int | Tensor = 0,
     step: int = 0,
     streams: tuple[int, ...] = STEP_STREAMS,
-    out: Sequence[Tensor | None] | None = None,
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """The outputs of one row, of ``dtypes``; arguments are checked already.
 
@@ -87,10 +126,14 @@ def run(
         tensors += (guidance,)
     if backend != "reference" and is_plain(*tensors):
         if out is None:
-            out = _allocate(shape, dtypes, device, like)
+            made = _allocate(shape, dtypes, device, like)
+        else:
+            made = list(out)  # type: ignore[arg-type]
         launch(backend, shape, row, x, cond, uncond, known, logvar, history, noise, row_index,
-               guidance, output_scale, seed, sample_ids, step, streams, out)  # fmt: skip
-        return list(out)  # type: ignore[arg-type]
+               guidance, output_scale, seed, sample_ids, step, streams, made)  # fmt: skip
+        if out is not None:
+            torch.autograd.graph.increment_version(made)
+        return made
     rows = row if isinstance(row, Tensor) else _row_tensor(row, device)
     if not isinstance(guidance, Tensor):
         guidance = torch.full((1,), guidance, dtype=torch.float32, device=device)
@@ -110,7 +153,7 @@ def run(
         return results
     if torch.is_grad_enabled() and any(y.requires_grad for y in results):
         raise ValueError("out: an input requires grad, and writing into out has no gradient")
-    return [y if o is None else o.copy_(y) for o, y in zip(out, results, strict=True)]
+    return [o.copy_(y) for o, y in zip(out, results, strict=True)]
 
 
 def launch(
@@ -129,9 +172,6 @@ def launch(
         row_index, guidance, output_scale, seed, sample_ids, step, streams,
     )  # fmt: skip
     call(backend, "step", "step", out[0].device, *arguments)
-    for tensor in out:
-        if tensor is not None:
-            torch.autograd.graph.increment_version(tensor)
 
 
 def _allocate(

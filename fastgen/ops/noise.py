@@ -59,6 +59,15 @@ def randn(
     Returns a tensor of ``shape``: Box-Muller on Philox4x32-10, |z| <= 6.764; the same bits on every
     backend. Raises TypeError or ValueError for what does not fit the above.
     """
+    if dtype is None and device is None and backend is None and sample_ids is None:
+        if type(stream) is int and 0 <= stream < 256 and kernel.is_quick(seed, step):
+            given = out
+            if out is None and type(shape) in (tuple, torch.Size) and len(shape) > 0:
+                given = torch.empty(shape, dtype=torch.float32)
+            if given is not None and tuple(shape) == given.shape:
+                result = kernel.quick(_ROW, seed=seed, step=step, streams=(stream,), out=given)
+                if result is not None:
+                    return result
     if out is not None:
         dtype = dtype or out.dtype
         device = device if device is not None else out.device

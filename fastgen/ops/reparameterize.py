@@ -46,6 +46,19 @@ def reparameterize(
     seed, so nothing but mean and logvar is kept. Raises TypeError or ValueError for what does not
     fit, ValueError where neither or both of seed and noise are given.
     """
+    if (
+        backend is None and sample_ids is None and clamp is None and not return_kl
+        and (seed is None) != (noise is None) and (noise is not None or step is not None)
+        and kernel.is_quick(seed, step)
+    ):  # fmt: skip
+        z = backends._native.quick_reparameterize(
+            mean, logvar, noise, out, seed, step or 0, REPARAMETERIZE, torch.is_grad_enabled(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if z is not NotImplemented:
+            if out is not None:
+                torch.autograd.graph.increment_version(out)
+            return z
     checks.tensor("mean", mean)
     checks.like("logvar", logvar, "mean", mean)
     checks.size(mean.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -219,7 +218,18 @@ def ddim_step(
 
 def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count, sample_ids, out,
               backend) -> Tensor:  # fmt: skip
-    """``step`` for one output, with the checks that this case needs and no more."""
+    """``step`` for one output: straight to the kernel, or by way of every check."""
+    if backend is None and sample_ids is None:
+        draws = row.noises > 0
+        needs_source = draws and ((seed is None) == (noise is None) or
+                                  (seed is not None and step_count is None))  # fmt: skip
+        if not needs_source:
+            result = kernel.quick(
+                row, x, output, uncond, None, logvar, noise=noise if draws else None,
+                guidance=guidance, seed=seed if draws else None, step=step_count, out=out,
+            )  # fmt: skip
+            if result is not None:
+                return result
     checks.tensor("x", x)
     checks.like("model_output", output, "x", x)
     shape, device = x.shape, x.device
@@ -227,12 +237,9 @@ def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count,
         checks.like("uncond", uncond, "x", x)
     if logvar is not None:
         checks.like("variance", logvar, "x", x)
-    if type(guidance) is not float:
-        guidance = checks.per_sample("guidance_scale", guidance, shape[0], device)
-        if isinstance(guidance, Tensor):
-            guidance = guidance.float()
-    elif not math.isfinite(guidance):
-        checks.number("guidance_scale", guidance)
+    guidance = checks.per_sample("guidance_scale", guidance, shape[0], device)
+    if isinstance(guidance, Tensor):
+        guidance = guidance.float()
     key: kernel.Seed = None
     ids: int | Tensor = 0
     normals: tuple[Tensor, ...] = ()

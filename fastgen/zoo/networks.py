@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.ops.conv_transpose import conv_transpose2d
 
-Activation = Literal["relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu"]
+_ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 
 
 class TransposedConv(nn.Module):
@@ -33,7 +33,7 @@ class TransposedConv(nn.Module):
         padding: int = 1,
         *,
         norm: bool = True,
-        activation: Activation = "relu",
+        activation: Literal["relu", "tanh"] = "relu",
     ) -> None:
         super().__init__()
         self.stride, self.padding, self.activation = stride, padding, activation
@@ -60,16 +60,6 @@ class TransposedConv(nn.Module):
             shift=shift,
             activation=self.activation,
         )
-
-
-_ACTIVATIONS = {
-    "relu": F.relu,
-    "leaky_relu": lambda y: F.leaky_relu(y, 0.2),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
 
 
 def _folded(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -111,7 +101,7 @@ class VAE(nn.Module):
     exp(pixel_logvar) for all of them (Rybkin, Daniilidis & Levine, 2021).
     """
 
-    def __init__(self, latent: int = 16, width: int = 32) -> None:
+    def __init__(self, latent: int = 16, width: int = 64) -> None:
         super().__init__()
         self.latent = latent
         self.encoder = nn.Sequential(

@@ -1,0 +1,283 @@
+"""Transposed convolution with bias, a folded normalisation and an activation in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..reference import conv_transpose as reference
+from . import conv_transpose_cpu, kernel
+from .dispatch import LIBRARY, is_plain
+
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+
+Size = int | Sequence[int]
+
+
+def conv_transpose1d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0,
+    output_padding: Size = 0, groups: int = 1, dilation: Size = 1, *, scale: Tensor | None = None,
+    shift: Tensor | None = None, activation: str | None = None, negative_slope: float = 0.2,
+    out: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """``conv_transpose2d`` in one dimension: input (B, C_in, L) or (C_in, L)."""
+    return _conv_transpose(1, input, weight, bias, stride, padding, output_padding, groups,
+                           dilation, scale, shift, activation, negative_slope, out,
+                           backend)  # fmt: skip
+
+
+def conv_transpose2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0,
+    output_padding: Size = 0, groups: int = 1, dilation: Size = 1, *, scale: Tensor | None = None,
+    shift: Tensor | None = None, activation: str | None = None, negative_slope: float = 0.2,
+    out: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """act(scale * (conv_transpose(input, weight) + bias) + shift): Dumoulin & Visin (2016), ch. 4.
+
+    input: (B, C_in, H, W) or (C_in, H, W), any strides. The result has its dtype, rounded once, and
+        its memory format.
+    weight: (C_in, C_out / groups, kH, kW), of the input's dtype.
+    bias, scale, shift: (C_out,), floating. A normalisation in evaluation mode folds into the last
+        two: scale = gamma / sqrt(var + eps), shift = beta - mean * scale.
+    stride, padding, output_padding, dilation: ints or one per dimension, as in
+        ``torch.nn.functional.conv_transpose2d``.
+    activation: None, "relu", "leaky_relu" (with ``negative_slope``), "tanh", "sigmoid", "silu" or
+        "gelu" (the exact form).
+    out: where to write; (B, C_out, H', W') of the input's dtype, overlapping no input.
+
+    The error against float64 is at most twice that of PyTorch's own operators. Gradients reach
+    input, weight, bias, scale and shift, and can be differentiated again. Raises ValueError or
+    TypeError for what does not fit.
+    """
+    return _conv_transpose(2, input, weight, bias, stride, padding, output_padding, groups,
+                           dilation, scale, shift, activation, negative_slope, out,
+                           backend)  # fmt: skip
+
+
+def conv_transpose3d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0,
+    output_padding: Size = 0, groups: int = 1, dilation: Size = 1, *, scale: Tensor | None = None,
+    shift: Tensor | None = None, activation: str | None = None, negative_slope: float = 0.2,
+    out: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """``conv_transpose2d`` in three dimensions: input (B, C_in, D, H, W) or (C_in, D, H, W)."""
+    return _conv_transpose(3, input, weight, bias, stride, padding, output_padding, groups,
+                           dilation, scale, shift, activation, negative_slope, out,
+                           backend)  # fmt: skip
+
+
+def _conv_transpose(
+    dims, input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
+    activation, negative_slope, out, backend,
+) -> Tensor:  # fmt: skip
+    batched = _check_operands(dims, input, weight)
+    stride = _sizes("stride", stride, dims, 1)
+    padding = _sizes("padding", padding, dims, 0)
+    output_padding = _sizes("output_padding", output_padding, dims, 0)
+    dilation = _sizes("dilation", dilation, dims, 1)
+    groups = checks.integer("groups", groups, 1)
+    if activation not in ACTIVATIONS:
+        checks.one_of("activation", activation, ACTIVATIONS)
+    negative_slope = checks.number("negative_slope", negative_slope)
+    x = input if batched else input.unsqueeze(0)
+    shape = _output_shape(x, weight, stride, padding, output_padding, groups, dilation)
+    for name, values in (("bias", bias), ("scale", scale), ("shift", shift)):
+        _check_channels(name, values, shape[1], input.device)
+    target = None  # where a kernel may write: `out`, unless it is an input as well
+    if out is not None:
+        operands = (input, weight, bias, scale, shift)
+        checks.out(out, shape if batched else shape[1:], input.dtype, input.device, operands)
+        if not any(t is not None and t.data_ptr() == out.data_ptr() for t in operands):
+            target = out if batched else out.unsqueeze(0)
+    name = backends.choose("conv_transpose", backend, input.device, input.dtype)
+    arguments = (x, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
+                 activation, negative_slope)  # fmt: skip
+    if name == "reference":
+        y = reference.conv_transpose(*arguments)
+    elif is_plain(input, weight, bias, scale, shift):
+        y = launch(name, *arguments, out=target)
+    else:
+        y = torch.ops.fastgen.conv_transpose(*arguments, name)
+    if not batched:
+        y = y.squeeze(0)
+    if out is None:
+        return y
+    if torch.is_grad_enabled() and y.requires_grad:
+        raise ValueError("out: an input requires grad, and writing into out has no gradient")
+    return out if target is not None and y.data_ptr() == out.data_ptr() else out.copy_(y)
+
+
+def launch(
+    backend: str, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], output_padding: Sequence[int], groups: int, dilation: Sequence[int],
+    scale: Tensor | None, shift: Tensor | None, activation: str | None, negative_slope: float,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Straight through the backend named; arguments are checked already."""
+    arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation, scale,
+                 shift, activation, negative_slope)  # fmt: skip
+    if backend == "cpu":
+        return conv_transpose_cpu.conv_transpose(*arguments, out)
+    shape = _output_shape(input, weight, stride, padding, output_padding, groups, dilation)
+    if out is None:
+        out = _allocate(input, shape)
+    kernel.call(backend, "conv_transpose", "conv_transpose", input.device, *arguments, out)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def _sizes(name: str, value: Any, dims: int, low: int) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= low:
+        return (value,) * dims
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        if len(value) not in (1, dims):
+            raise ValueError(f"{name}: got {len(value)} values, expected one, or {dims}")
+        sizes = tuple(checks.integer(name, v, low) for v in value)
+        return sizes * dims if len(sizes) == 1 else sizes
+    return (checks.integer(name, value, low),) * dims
+
+
+def _check_operands(dims: int, input: Any, weight: Any) -> bool:
+    """Whether the input is batched."""
+    checks.tensor("input", input)
+    checks.tensor("weight", weight)
+    if input.ndim not in (dims + 1, dims + 2):
+        raise ValueError(
+            f"input: got {input.ndim} dimensions, expected {dims + 2} (B, C_in, ...), "
+            f"or {dims + 1} without a batch"
+        )
+    if weight.ndim != dims + 2:
+        raise ValueError(
+            f"weight: got {weight.ndim} dimensions, expected {dims + 2} (C_in, C_out / groups, ...)"
+        )
+    if weight.dtype != input.dtype:
+        raise TypeError(f"weight: got {weight.dtype}, expected the input's {input.dtype}")
+    if weight.device != input.device:
+        raise ValueError(f"weight: is on {weight.device}, expected the input's {input.device}")
+    return input.ndim == dims + 2
+
+
+def _check_channels(name: str, values: Any, channels: int, device: torch.device) -> None:
+    if values is None:
+        return
+    checks.tensor(name, values)
+    if values.shape != (channels,):
+        raise ValueError(
+            f"{name}: got shape {tuple(values.shape)}, expected ({channels},), one per output channel"
+        )
+    if values.device != device:
+        raise ValueError(f"{name}: is on {values.device}, expected {device}")
+
+
+def _output_shape(x, weight, stride, padding, output_padding, groups, dilation) -> tuple[int, ...]:
+    if x.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"input: got {x.shape[1]} channels, expected weight's first size {weight.shape[0]}"
+        )
+    if x.shape[1] == 0 or x.shape[1] % groups:
+        raise ValueError(f"groups: got {groups}, expected a divisor of {x.shape[1]} input channels")
+    sizes = []
+    for i, size in enumerate(x.shape[2:]):
+        if output_padding[i] >= max(stride[i], dilation[i]):
+            raise ValueError(
+                f"output_padding: got {output_padding[i]}, expected less than stride {stride[i]} "
+                f"or dilation {dilation[i]}"
+            )
+        reach = dilation[i] * (weight.shape[2 + i] - 1)
+        result = (size - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i] + 1
+        if size < 1 or result < 1:
+            raise ValueError(
+                f"input: got spatial size {tuple(x.shape[2:])}, which leaves an output of size "
+                f"{result} in dimension {i}, expected at least 1"
+            )
+        sizes.append(result)
+    return (x.shape[0], weight.shape[1] * groups, *sizes)
+
+
+def _allocate(input: Tensor, shape: Sequence[int]) -> Tensor:
+    layout = conv_transpose_cpu.memory_format(input)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+
+
+# ---- the registered op ---------------------------------------------------------------------------
+
+LIBRARY.define(
+    "conv_transpose(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] output_padding, SymInt groups, SymInt[] dilation, Tensor? scale, Tensor? shift, "
+    "str? activation, float negative_slope, str backend) -> Tensor"
+)
+
+
+def _kernel(input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
+            activation, negative_slope, backend):  # fmt: skip
+    return launch(backend, input, weight, bias, stride, padding, output_padding, groups, dilation,
+                  scale, shift, activation, negative_slope)  # fmt: skip
+
+
+def _fake(input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
+          activation, negative_slope, backend):  # fmt: skip
+    return _allocate(
+        input, _output_shape(input, weight, stride, padding, output_padding, groups, dilation)
+    )
+
+
+def _setup(ctx, inputs, output) -> None:
+    (input, weight, bias, *geometry, scale, shift, ctx.activation, ctx.negative_slope,
+     _) = inputs  # fmt: skip
+    ctx.geometry = geometry
+    ctx.save_for_backward(input, weight, bias, scale, shift)
+
+
+def _backward(ctx, grad):
+    """Through PyTorch's own convolution gradients, with the product computed again."""
+    input, weight, bias, scale, shift = ctx.saved_tensors
+    stride, padding, output_padding, groups, dilation = ctx.geometry
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_scale, needs_shift = ctx.needs_input_grad[8:10]
+    dtype = conv_transpose_cpu.product_dtype(input)
+    x, w = input.to(dtype), weight.to(dtype)
+    over = [0, *range(2, input.ndim)]
+    grad = grad.float()
+    grad_scale = grad_shift = None
+    if ctx.activation is not None or needs_scale:
+        y = torch.ops.aten.convolution(
+            x, w, None, stride, padding, dilation, True, output_padding, groups
+        ).float()
+        if bias is not None:
+            y = y + reference.per_channel(bias, y)
+        v = y if scale is None else y * reference.per_channel(scale, y)
+        v = v if shift is None else v + reference.per_channel(shift, v)
+        grad = grad * reference.DERIVATIVES[ctx.activation](v, ctx.negative_slope)
+        if needs_scale:
+            grad_scale = (grad * y).sum(over).to(scale.dtype)
+    if needs_shift:
+        grad_shift = grad.sum(over).to(shift.dtype)
+    if scale is not None:
+        grad = grad * reference.per_channel(scale, grad)
+    grad_bias = grad.sum(over).to(bias.dtype) if needs_bias else None
+    grad_input = grad_weight = None
+    if needs_input or needs_weight:
+        grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad.to(dtype), x, w, None, stride, padding, dilation, True, output_padding, groups,
+            [needs_input, needs_weight, False],
+        )  # fmt: skip
+    if needs_input:
+        grad_input = grad_input.to(input.dtype)
+    if needs_weight:
+        grad_weight = grad_weight.to(weight.dtype)
+    return (grad_input, grad_weight, grad_bias, None, None, None, None, None, grad_scale,
+            grad_shift, None, None, None)  # fmt: skip
+
+
+LIBRARY.impl("conv_transpose", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("fastgen::conv_transpose", _fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "fastgen::conv_transpose", _backward, setup_context=_setup, lib=LIBRARY
+)

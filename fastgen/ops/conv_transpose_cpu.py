@@ -1,0 +1,169 @@
+"""The CPU backend of ``conv_transpose``: torch's matrix products, fastgen's passes around them.
+
+Two ways, chosen by what was measured to be faster:
+
+- columns: every weight tap times every input position, as one matrix product with the weights as
+  they lie in memory, then a native pass that gathers the taps of each output element. For few input
+  positions, where PyTorch's own operator spends its time on repacking weights at every call, and
+  for few output channels, where it leaves most of the vector units idle.
+- direct: PyTorch's operator, then one native pass in place for the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..reference.conv_transpose import ACTIVATIONS
+
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as enum Activation in csrc/params.h
+
+FEW_POSITIONS = 128  # of input, batch included
+FEW_ROWS = 64        # output channels times taps  # fmt: skip
+COLUMN_POSITIONS = 256  # input positions of one matrix product: enough for it to be efficient
+
+
+def memory_format(input: Tensor) -> torch.memory_format:
+    """Of the output: channels_last where the input is, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.ndim)
+    if last is None or input.is_contiguous() or not input.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def product_dtype(input: Tensor) -> torch.dtype:
+    """What the matrix products are done in: PyTorch's float16 on the CPU is ten times slower."""
+    return torch.float32 if input.is_cpu and input.dtype is torch.float16 else input.dtype
+
+
+@functools.lru_cache(maxsize=512)
+def _geometry(
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(output sizes, the eighteen numbers that the kernel takes: depth first, 1 where absent)."""
+    out = tuple(
+        (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+        for n, k, s, p, o, d in zip(
+            sizes, kernel, stride, padding, output_padding, dilation, strict=True
+        )
+    )
+    absent = 3 - len(sizes)
+    numbers: tuple[int, ...] = ()
+    for values, neutral in (
+        (sizes, 1), (out, 1), (kernel, 1), (stride, 1), (padding, 0), (dilation, 1),
+    ):  # fmt: skip
+        numbers += (neutral,) * absent + values
+    return out, numbers
+
+
+def _floats(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.float().contiguous()
+
+
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    out: Tensor | None,
+) -> Tensor:
+    """``out``, or a new tensor where it is None; plain tensors, checked already."""
+    sizes, kernel = tuple(input.shape[2:]), tuple(weight.shape[2:])
+    out_sizes, numbers = _geometry(
+        sizes, kernel, tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation)
+    )
+    channels = weight.shape[1] * groups
+    positions = math.prod(sizes)
+    rows = channels * math.prod(kernel)
+    few = input.shape[0] * positions <= FEW_POSITIONS or rows <= FEW_ROWS
+    result = out
+    if result is None:
+        shape = (input.shape[0], channels, *out_sizes)
+        if input.shape[0] == 0 or channels == 0:
+            return torch.empty(shape, dtype=input.dtype, memory_format=memory_format(input))
+    elif result.numel() == 0:
+        return result
+    epilogue = (CODES[activation], negative_slope, torch.get_num_threads())
+    if groups == 1 and few and (input.dtype is not torch.bfloat16 or rows <= FEW_ROWS):
+        if result is None:
+            result = torch.empty(shape, dtype=input.dtype, memory_format=memory_format(input))
+        vectors = (_floats(bias), _floats(scale), _floats(shift))
+        _by_columns(input, weight, numbers, (*vectors, *epilogue), result)
+    else:
+        dtype = product_dtype(input)
+        inside = bias is not None and bias.dtype is dtype
+        y = torch.ops.aten.convolution(
+            input.to(dtype), weight.to(dtype), bias if inside else None,
+            stride, padding, dilation, True, output_padding, groups,
+        )  # fmt: skip
+        vectors = (None if inside else _floats(bias), _floats(scale), _floats(shift))
+        result = _finish(y, input, activation, (*vectors, *epilogue), result)
+    if out is not None:
+        torch.autograd.graph.increment_version(out)
+    return result
+
+
+def _by_columns(
+    input: Tensor, weight: Tensor, numbers: tuple[int, ...], epilogue: tuple, out: Tensor
+) -> None:
+    batch, channels = out.shape[:2]
+    sizes = input.shape[2:]
+    positions, taps = math.prod(sizes), math.prod(weight.shape[2:])
+    weight = weight.float()
+    # Where the weights lie with their output channels innermost, so do the rows of the product.
+    last = weight.ndim > 3 and weight.stride(1) == 1 and not weight.is_contiguous()
+    matrix = (weight.movedim(1, -1) if last else weight).flatten(1).t()  # (channels * taps, C_in)
+    fold = backends.native().conv_transpose_fold
+    samples = min(batch, max(1, COLUMN_POSITIONS // positions))
+    room = torch.empty(matrix.shape[0] * samples * positions, dtype=torch.float32)
+    for first in range(0, batch, samples):
+        part = out[first : first + samples] if samples < batch else out
+        x = input[first : first + samples] if samples < batch else input
+        x = x.transpose(0, 1).flatten(1).float()  # (C_in, samples * positions)
+        width = x.shape[1]
+        columns = room[: matrix.shape[0] * width].view(matrix.shape[0], width)
+        torch.mm(matrix, x, out=columns)
+        strides = (positions, width, width * channels) if last else (positions, width * taps, width)
+        fold(columns, strides, part, part.shape[0], channels, numbers, *epilogue)
+
+
+def _finish(
+    y: Tensor, input: Tensor, activation: str | None, epilogue: tuple, out: Tensor | None
+) -> Tensor:
+    """The epilogue over ``y``, in place where its memory can be the result's."""
+    layout = memory_format(input)
+    y = y.contiguous(memory_format=layout)
+    target = out
+    if target is None or target.dtype is not y.dtype or target.stride() != y.stride():
+        target = y if y.dtype is input.dtype else torch.empty_like(y, dtype=input.dtype)
+    bare = activation is None and epilogue[0] is epilogue[1] is epilogue[2] is None
+    if bare and target is y:
+        pass
+    elif layout is torch.contiguous_format:
+        inner = math.prod(y.shape[2:])
+        backends.native().channel_epilogue(y, target, y.shape[0], y.shape[1], inner, *epilogue)
+    else:
+        outer = y.numel() // y.shape[1]
+        backends.native().channel_epilogue(y, target, outer, y.shape[1], 1, *epilogue)
+    if out is not None and target is not out:
+        out.copy_(target)
+        return out
+    return target
