@@ -1,5 +1,5 @@
-// The only file that knows Python. Tensors are read by the attributes that every torch version has
-// (data_ptr, dtype, stride); nothing of torch is compiled in.
+// The Python bindings: arguments in, a params struct out to a kernel. With view.h, the only files that
+// know Python; nothing of torch is compiled in.
 #include <pybind11/pybind11.h>
 
 #include <cmath>
@@ -7,44 +7,17 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "layout.h"
 #include "math/philox.h"
+#include "view.h"
 #if defined(FASTGEN_CUDA)
 #include "cuda/launch.h"
 #endif
-
-namespace py = pybind11;
 
 namespace fastgen {
 namespace {
 
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kPlainGrain = 32768, kNoiseGrain = 6144;
-
-PyObject* dtypes[3];        // torch.float32, torch.bfloat16, torch.float16
-PyObject* tensor_types[2];  // torch.Tensor, torch.nn.Parameter
-PyObject* empty_like;
-PyObject *name_data_ptr, *name_dtype, *name_stride, *name_shape, *name_is_cpu, *name_is_neg,
-    *name_is_zero, *name_requires_grad, *name_is_contiguous;
-
-// What the module needs of torch, handed over once: (dtypes, tensor types, empty_like).
-void set_torch(py::tuple kinds, py::tuple types, py::object allocate) {
-    for (int i = 0; i < 3; ++i) dtypes[i] = py::object(kinds[i]).release().ptr();
-    for (int i = 0; i < 2; ++i) tensor_types[i] = py::object(types[i]).release().ptr();
-    empty_like = allocate.release().ptr();
-}
-
-py::object attribute(PyObject* object, PyObject* name) {
-    py::object value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
-    if (!value) throw py::error_already_set();
-    return value;
-}
-
-py::object call_method(PyObject* object, PyObject* name) {
-    py::object value = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, name));
-    if (!value) throw py::error_already_set();
-    return value;
-}
 
 int64_t as_int(PyObject* value) {
     const long long result = PyLong_AsLongLong(value);
@@ -54,10 +27,9 @@ int64_t as_int(PyObject* value) {
 
 void* address(py::handle tensor) {
     if (tensor.is_none()) return nullptr;
-    py::object pointer = call_method(tensor.ptr(), name_data_ptr);
-    void* result = PyLong_AsVoidPtr(pointer.ptr());
-    if (!result && PyErr_Occurred()) throw py::error_already_set();
-    return result;
+    View view;
+    look_at(tensor.ptr(), view);
+    return view.data;
 }
 
 template <typename T>
@@ -74,29 +46,24 @@ class Call {
         for (int dim = 0; dim < rank_; ++dim) size_[dim] = as_int(PyTuple_GET_ITEM(sizes.ptr(), dim));
     }
 
+    explicit Call(const View& view) : rank_(view.ndim) {
+        for (int dim = 0; dim < rank_; ++dim) size_[dim] = view.size[dim];
+    }
+
     void add(Tensor& tensor, py::handle source) {
-        tensor.data = nullptr;
         if (source.is_none()) return;
+        View view;
+        look_at(source.ptr(), view);
+        add(tensor, view);
+    }
+
+    void add(Tensor& tensor, const View& view) {
         if (count_ == kMaxTensors) throw py::value_error("too many tensors");
-        tensor.data = address(source);
-        const py::object dtype = attribute(source.ptr(), name_dtype);
-        int code = 0;
-        while (code < 3 && dtypes[code] != dtype.ptr()) ++code;
-        if (code == 3) throw py::type_error("float32, bfloat16 or float16 tensors only");
-        tensor.dtype = DType(code);
-        int64_t* stride = stride_[count_];
-        if (call_method(source.ptr(), name_is_contiguous).ptr() == Py_True) {
-            int64_t step = 1;
-            for (int dim = rank_ - 1; dim >= 0; --dim) {
-                stride[dim] = step;
-                step *= size_[dim];
-            }
-        } else {
-            const py::object strides = call_method(source.ptr(), name_stride);
-            if (PyTuple_GET_SIZE(strides.ptr()) != rank_) throw py::value_error("rank mismatch");
-            for (int dim = 0; dim < rank_; ++dim)
-                stride[dim] = as_int(PyTuple_GET_ITEM(strides.ptr(), dim));
-        }
+        if (view.dtype < 0) throw py::type_error("float32, bfloat16 or float16 tensors only");
+        if (view.ndim != rank_) throw py::value_error("rank mismatch");
+        tensor.data = view.data;
+        tensor.dtype = DType(view.dtype);
+        for (int dim = 0; dim < rank_; ++dim) stride_[count_][dim] = view.stride[dim];
         tensors_[count_++] = &tensor;
     }
 
@@ -214,68 +181,83 @@ void step(py::handle shape, py::handle x, py::handle cond, py::handle uncond, py
 }
 
 // ---- the straight path -------------------------------------------------------------------------
-// A call whose tensors are all ordinary: exactly Tensor or Parameter, on the CPU, of one shape and a
-// kernel's dtype, without a gradient to record. Anything else is NotImplemented: the general path,
-// in Python, then serves it or says what is wrong.
+// A call whose tensors are all ordinary, on the CPU, of one shape and a kernel's dtype. Anything else
+// is NotImplemented: the general path, in Python, then serves it or says what is wrong.
 
-bool is_ordinary(PyObject* tensor, bool grad) {
-    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-    if (type != tensor_types[0] && type != tensor_types[1]) return false;
-    if (attribute(tensor, name_is_cpu).ptr() != Py_True) return false;
-    if (grad && attribute(tensor, name_requires_grad).ptr() == Py_True) return false;
-    if (call_method(tensor, name_is_neg).ptr() != Py_False) return false;
-    if (call_method(tensor, name_is_zero).ptr() != Py_False) return false;
-    const py::object dtype = attribute(tensor, name_dtype);
-    return dtype.ptr() == dtypes[0] || dtype.ptr() == dtypes[1] || dtype.ptr() == dtypes[2];
-}
+class Ordinary {
+   public:
+    explicit Ordinary(bool grad) : grad_(grad) {}
 
-// Every tensor of `operands` is ordinary and has the first one's shape, left in `shape`.
-bool all_ordinary(py::handle operands, bool grad, py::object& like, py::object& shape) {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(operands.ptr()); ++i) {
-        PyObject* tensor = PyTuple_GET_ITEM(operands.ptr(), i);
-        if (tensor == Py_None) continue;
-        if (!is_ordinary(tensor, grad)) return false;
-        py::object size = attribute(tensor, name_shape);
-        if (!like) {
-            if (PyTuple_GET_SIZE(size.ptr()) == 0) return false;
-            like = py::reinterpret_borrow<py::object>(tensor);
-            shape = std::move(size);
-        } else if (PyObject_RichCompareBool(size.ptr(), shape.ptr(), Py_EQ) != 1) {
-            return false;
+    // False, from then on, once a tensor is out of the ordinary. None is passed over.
+    bool add(Tensor* slot, PyObject* tensor) {
+        if (tensor == Py_None) return true;
+        if (count_ == kRoom || !see(tensor, views_[count_])) return false;
+        if (views_[count_].ndim == 0 || !views_[count_].has_size_of(views_[0])) return false;
+        if (count_ == 0) first_ = tensor;
+        slots_[count_++] = slot;
+        return true;
+    }
+
+    // The tensor to write: made like the first one, or the one given where that may be written: of
+    // the first one's dtype, contiguous, each operand in the same place or apart from it.
+    bool add_out(PyObject* given) {
+        View& out = out_;
+        if (given == Py_None) {
+            if (!first_) return false;
+            result = new_like(first_);
+            look_at(result.ptr(), out);
+            return true;
         }
+        const bool kept = grad_;
+        grad_ = true;  // an output must not require a gradient, recorded or not
+        const bool ordinary = see(given, out);
+        grad_ = kept;
+        if (!ordinary || out.ndim == 0 || !out.is_contiguous()) return false;
+        const char* begin = static_cast<const char*>(out.data);
+        const char* end = begin + 4 * out.elements();  // no dtype is wider
+        for (int i = 0; i < count_; ++i) {
+            const View& view = views_[i];
+            if (i == 0 && view.dtype != out.dtype) return false;
+            if (!view.has_size_of(out)) return false;
+            if (view.is_contiguous() && view.data == out.data && view.dtype == out.dtype) continue;
+            const char* other = static_cast<const char*>(view.data);
+            if (!view.is_contiguous() || (other < end && begin < other + 4 * view.elements()))
+                return false;
+        }
+        result = py::reinterpret_borrow<py::object>(given);
+        return true;
     }
-    return true;
-}
 
-// Whether `out` may be written: like the first operand, contiguous, and each operand is either at
-// the same place with the same layout or apart from it.
-bool fits_as_out(PyObject* out, py::handle operands, const py::object& like,
-                 const py::object& shape) {
-    if (!is_ordinary(out, true)) return false;
-    if (like && attribute(out, name_dtype).ptr() != attribute(like.ptr(), name_dtype).ptr())
-        return false;
-    const py::object size = attribute(out, name_shape);
-    if (shape && PyObject_RichCompareBool(size.ptr(), shape.ptr(), Py_EQ) != 1) return false;
-    if (call_method(out, name_is_contiguous).ptr() != Py_True) return false;
-    int64_t bytes = 4;
-    for (Py_ssize_t dim = 0; dim < PyTuple_GET_SIZE(size.ptr()); ++dim)
-        bytes *= as_int(PyTuple_GET_ITEM(size.ptr(), dim));
-    const char* begin = static_cast<const char*>(address(out));
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(operands.ptr()); ++i) {
-        PyObject* tensor = PyTuple_GET_ITEM(operands.ptr(), i);
-        if (tensor == Py_None || tensor == out) continue;
-        if (call_method(tensor, name_is_contiguous).ptr() != Py_True) return false;
-        const char* other = static_cast<const char*>(address(tensor));
-        if (other < begin + bytes && begin < other + bytes) return false;
+    // Lays everything out over the output's shape, the output first.
+    void lay_out(Shape& shape, Tensor& out, bool ordered, bool per_sample) {
+        Call call(out_);
+        call.add(out, out_);
+        for (int i = 0; i < count_; ++i) call.add(*slots_[i], views_[i]);
+        call.lay_out(shape, ordered, per_sample);
     }
-    return true;
-}
 
-py::object new_like(const py::object& like) {
-    py::object made =
-        py::reinterpret_steal<py::object>(PyObject_CallOneArg(empty_like, like.ptr()));
-    if (!made) throw py::error_already_set();
-    return made;
+    py::object result;
+
+   private:
+    bool see(PyObject* tensor, View& view) const {
+        if (!is_ordinary(tensor, grad_)) return false;
+        look_at(tensor, view);
+        return view.on_cpu && view.dtype >= 0;
+    }
+
+    static constexpr int kRoom = 16;
+    bool grad_;
+    int count_ = 0;
+    PyObject* first_ = nullptr;
+    View views_[kRoom], out_;
+    Tensor* slots_[kRoom];
+};
+
+// The key of a call without sample ids: one seed, and the slots as ids.
+void read_plain_key(NoiseKey& key, py::handle seed, int64_t step) {
+    key.seed = PyLong_AsUnsignedLongLong(seed.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    key.step = uint32_t(step);
 }
 
 // operands: (x, cond, uncond, known, logvar, h_0 ... h_6), trailing ones left out; one output.
@@ -283,45 +265,49 @@ py::object quick_step(py::handle operands, py::handle noise, py::handle out, py:
                       double guidance, py::handle seed, int64_t noise_step, py::handle streams,
                       bool grad, int threads) {
     const py::object declined = py::reinterpret_borrow<py::object>(Py_NotImplemented);
-    py::object like, shape;
     if (!std::isfinite(guidance)) return declined;
-    if (!all_ordinary(operands, grad, like, shape)) return declined;
-    if (!noise.is_none()) {
-        if (!is_ordinary(noise.ptr(), grad)) return declined;
-        const py::object size = attribute(noise.ptr(), name_shape);
-        if (PyObject_RichCompareBool(size.ptr(), shape.ptr(), Py_EQ) != 1) return declined;
-    }
-    py::object result;
-    if (out.is_none()) {
-        if (!like) return declined;
-        result = new_like(like);
-    } else {
-        if (!noise.is_none() || !fits_as_out(out.ptr(), operands, like, shape))
-            return declined;
-        result = py::reinterpret_borrow<py::object>(out);
-        shape = attribute(out.ptr(), name_shape);
-    }
     StepParams p{};
-    Call call(shape);
-    call.add(p.out[0], result);
     Tensor* const slots[] = {&p.x, &p.cond, &p.uncond, &p.known, &p.logvar};
+    Ordinary tensors(grad);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(operands.ptr()); ++i)
-        call.add(i < 5 ? *slots[i] : p.history[i - 5], PyTuple_GET_ITEM(operands.ptr(), i));
-    call.add(p.given_noise[0], noise);
+        if (!tensors.add(i < 5 ? slots[i] : &p.history[i - 5],
+                         PyTuple_GET_ITEM(operands.ptr(), i)))
+            return declined;
+    if (!tensors.add(&p.given_noise[0], noise.ptr()) || !tensors.add_out(out.ptr()))
+        return declined;
     memcpy(&p.row, PyBytes_AS_STRING(row.ptr()), sizeof(StepRow));
     p.guidance_scale = float(guidance);
     p.draws = !seed.is_none();
     if (p.draws) {
-        p.key.seed = PyLong_AsUnsignedLongLong(seed.ptr());
-        if (PyErr_Occurred()) throw py::error_already_set();
-        p.key.step = uint32_t(noise_step);
+        read_plain_key(p.key, seed, noise_step);
         for (int m = 0; m < int(PyTuple_GET_SIZE(streams.ptr())) && m < kNoises; ++m)
             p.stream[m] = int32_t(as_int(PyTuple_GET_ITEM(streams.ptr(), m)));
     }
-    call.lay_out(p.shape, p.draws, p.draws);
+    tensors.lay_out(p.shape, p.out[0], p.draws, p.draws);
     if (p.draws && p.shape.elements > kMaxNoiseElements) return declined;
     run_cpu(cpu_kernels().step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
-    return result;
+    return tensors.result;
+}
+
+// As quick_step: z, or NotImplemented.
+py::object quick_reparameterize(py::handle mean, py::handle logvar, py::handle noise,
+                                py::handle out, py::handle seed, int64_t noise_step,
+                                int noise_stream, bool grad, int threads) {
+    const py::object declined = py::reinterpret_borrow<py::object>(Py_NotImplemented);
+    if (mean.is_none() || logvar.is_none()) return declined;
+    ReparameterizeParams p{};
+    Ordinary tensors(grad);
+    if (!tensors.add(&p.mean, mean.ptr()) || !tensors.add(&p.logvar, logvar.ptr()) ||
+        !tensors.add(&p.given_noise, noise.ptr()) || !tensors.add_out(out.ptr()))
+        return declined;
+    p.clamp_low = -INFINITY;
+    p.clamp_high = INFINITY;
+    if (!seed.is_none()) read_plain_key(p.key, seed, noise_step);
+    p.stream = noise_stream;
+    tensors.lay_out(p.shape, p.out, true, true);
+    if (p.shape.elements > kMaxNoiseElements) return declined;
+    run_cpu(cpu_kernels().reparameterize, p, kNoiseGrain, threads);
+    return tensors.result;
 }
 
 void reparameterize(py::handle shape, py::handle mean, py::handle logvar, py::handle noise,
@@ -342,38 +328,6 @@ void reparameterize(py::handle shape, py::handle mean, py::handle logvar, py::ha
     p.stream = noise_stream;
     call.lay_out(p.shape, true, true);
     FASTGEN_RUN(reparameterize, p, kNoiseGrain);
-}
-
-// As quick_step: z, or NotImplemented.
-py::object quick_reparameterize(py::handle mean, py::handle logvar, py::handle noise,
-                                py::handle out, py::handle seed, int64_t noise_step,
-                                int noise_stream, bool grad, int threads) {
-    const py::object declined = py::reinterpret_borrow<py::object>(Py_NotImplemented);
-    const py::tuple operands = py::make_tuple(mean, logvar, noise);
-    py::object like, shape;
-    if (mean.is_none() || logvar.is_none() || !all_ordinary(operands, grad, like, shape))
-        return declined;
-    if (!out.is_none() && !fits_as_out(out.ptr(), operands, like, shape)) return declined;
-    const py::object z =
-        out.is_none() ? new_like(like) : py::reinterpret_borrow<py::object>(out);
-    ReparameterizeParams p{};
-    Call call(shape);
-    call.add(p.out, z);
-    call.add(p.mean, mean);
-    call.add(p.logvar, logvar);
-    call.add(p.given_noise, noise);
-    p.clamp_low = -INFINITY;
-    p.clamp_high = INFINITY;
-    if (!seed.is_none()) {
-        p.key.seed = PyLong_AsUnsignedLongLong(seed.ptr());
-        if (PyErr_Occurred()) throw py::error_already_set();
-        p.key.step = uint32_t(noise_step);
-    }
-    p.stream = noise_stream;
-    call.lay_out(p.shape, true, true);
-    if (p.shape.elements > kMaxNoiseElements) return declined;
-    run_cpu(cpu_kernels().reparameterize, p, kNoiseGrain, threads);
-    return z;
 }
 
 void reparameterize_backward(py::handle shape, py::handle mean, py::handle logvar,
@@ -418,13 +372,11 @@ void rescale(py::handle shape, py::handle cond, py::handle uncond, py::handle gu
 // ---- conv_transpose ------------------------------------------------------------------------------
 
 // The dtype and place alone.
-void read_tensor(Tensor& tensor, py::handle source) {
-    tensor.data = address(source);
-    const py::object dtype = attribute(source.ptr(), name_dtype);
-    int code = 0;
-    while (code < 3 && dtypes[code] != dtype.ptr()) ++code;
-    if (code == 3) throw py::type_error("float32, bfloat16 or float16 tensors only");
-    tensor.dtype = DType(code);
+void read_tensor(Tensor& tensor, py::handle source, View& view) {
+    look_at(source.ptr(), view);
+    if (view.dtype < 0) throw py::type_error("float32, bfloat16 or float16 tensors only");
+    tensor.data = view.data;
+    tensor.dtype = DType(view.dtype);
 }
 
 Epilogue read_epilogue(py::handle bias, py::handle scale, py::handle shift, int activation,
@@ -432,6 +384,17 @@ Epilogue read_epilogue(py::handle bias, py::handle scale, py::handle shift, int 
     if (activation < kIdentity || activation > kGelu) throw py::value_error("activation");
     return {address_of<float>(bias), address_of<float>(scale), address_of<float>(shift),
             Activation(activation), float(negative_slope)};
+}
+
+// weight: dense (depth, rows); input: (depth, columns) by its stride; out: dense (rows, columns).
+void conv_transpose_product(py::handle weight, py::handle input, int64_t input_stride,
+                            py::handle out, int64_t depth, int64_t rows, int64_t columns,
+                            int threads) {
+    ProductParams p{address_of<float>(weight), address_of<float>(input),
+                    static_cast<float*>(address(out)), rows, columns, depth, input_stride};
+    if (columns != 1 && columns % 16 != 0) throw py::value_error("columns: one, or a multiple of 16");
+    py::gil_scoped_release release;
+    cpu_kernels().conv_transpose_product(p, depth * rows * columns < 4 * kPlainGrain ? 1 : threads);
 }
 
 // columns: (batch, channels, taps, inputs) by `strides` of the first three; out: (B, C, [D, [H,]] W).
@@ -444,14 +407,13 @@ void conv_transpose_fold(py::handle columns, py::tuple strides, py::handle out, 
     p.sample_stride = strides[0].cast<int64_t>();
     p.channel_stride = strides[1].cast<int64_t>();
     p.tap_stride = strides[2].cast<int64_t>();
-    read_tensor(p.out, out);
-    const py::tuple out_stride = call_method(out.ptr(), name_stride);
-    const int missing = 5 - int(out_stride.size());
+    View view;
+    read_tensor(p.out, out, view);
+    const int missing = 5 - view.ndim;
     if (missing < 0 || missing > 2) throw py::value_error("out: three to five dimensions");
-    p.out.batch_stride = out_stride[0].cast<int64_t>();
-    p.out.stride[0] = out_stride[1].cast<int64_t>();
-    for (int dim = missing; dim < 3; ++dim)
-        p.out.stride[1 + dim] = out_stride[2 + dim - missing].cast<int64_t>();
+    p.out.batch_stride = view.stride[0];
+    p.out.stride[0] = view.stride[1];
+    for (int dim = missing; dim < 3; ++dim) p.out.stride[1 + dim] = view.stride[2 + dim - missing];
     p.batch = batch;
     p.channels = channels;
     int64_t* groups[] = {p.in_size, p.out_size, p.kernel, p.stride, p.padding, p.dilation};
@@ -467,8 +429,9 @@ void channel_epilogue(py::handle in, py::handle out, int64_t outer, int64_t chan
                       py::handle bias, py::handle scale, py::handle shift, int activation,
                       double negative_slope, int threads) {
     ChannelEpilogueParams p{};
-    read_tensor(p.in, in);
-    read_tensor(p.out, out);
+    View view;
+    read_tensor(p.in, in, view);
+    read_tensor(p.out, out, view);
     p.outer = outer;
     p.channels = channels;
     p.inner = inner;
@@ -494,17 +457,10 @@ py::tuple available_isas() {
 }  // namespace
 }  // namespace fastgen
 
+namespace py = pybind11;
+
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     using namespace fastgen;
-    name_data_ptr = PyUnicode_InternFromString("data_ptr");
-    name_dtype = PyUnicode_InternFromString("dtype");
-    name_stride = PyUnicode_InternFromString("stride");
-    name_shape = PyUnicode_InternFromString("shape");
-    name_is_cpu = PyUnicode_InternFromString("is_cpu");
-    name_is_neg = PyUnicode_InternFromString("is_neg");
-    name_is_zero = PyUnicode_InternFromString("_is_zerotensor");
-    name_requires_grad = PyUnicode_InternFromString("requires_grad");
-    name_is_contiguous = PyUnicode_InternFromString("is_contiguous");
     m.def("set_torch", &set_torch);
     m.def("quick_step", &quick_step);
     m.def("quick_reparameterize", &quick_reparameterize);
@@ -512,6 +468,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("reparameterize", &reparameterize);
     m.def("reparameterize_backward", &reparameterize_backward);
     m.def("rescale", &rescale);
+    m.def("conv_transpose_product", &conv_transpose_product);
     m.def("conv_transpose_fold", &conv_transpose_fold);
     m.def("channel_epilogue", &channel_epilogue);
     m.def("philox4x32", &philox);

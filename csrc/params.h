@@ -122,6 +122,14 @@ struct Epilogue {
     float negative_slope;
 };
 
+// out[r, n] = sum over k of weight[k, r] input[k, n]; `out` and `weight` dense.
+struct ProductParams {
+    const float *weight, *input;  // (depth, rows), (depth, columns)
+    float* out;                   // (rows, columns)
+    int64_t rows, columns, depth; // columns: one, or a multiple of 16
+    int64_t input_stride;         // of k
+};
+
 // out[b, c, o] = epilogue of the sum of columns[b, c, k, i] over all o = i stride - padding
 // + k dilation, in the order of k. Sizes are (depth, height, width), 1 where a dim is absent.
 struct FoldParams {

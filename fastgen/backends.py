@@ -24,6 +24,7 @@ else:
         (torch.float32, torch.bfloat16, torch.float16),
         (torch.Tensor, torch.nn.Parameter),
         torch.empty_like,
+        getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
     )
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first

@@ -11,6 +11,7 @@ struct CpuKernels {
     void (*reparameterize)(const ReparameterizeParams&, int threads);
     void (*reparameterize_backward)(const ReparameterizeParams&, int threads);
     void (*rescale)(const RescaleParams&, int threads);
+    void (*conv_transpose_product)(const ProductParams&, int threads);
     void (*conv_transpose_fold)(const FoldParams&, int threads);
     void (*channel_epilogue)(const ChannelEpilogueParams&, int threads);
 };
@@ -34,6 +35,7 @@ void step(const StepParams&, int threads);
 void reparameterize(const ReparameterizeParams&, int threads);
 void reparameterize_backward(const ReparameterizeParams&, int threads);
 void rescale(const RescaleParams&, int threads);
+void conv_transpose_product(const ProductParams&, int threads);
 void conv_transpose_fold(const FoldParams&, int threads);
 void channel_epilogue(const ChannelEpilogueParams&, int threads);
 }  // namespace FASTGEN_ISA

@@ -1,0 +1,129 @@
+#include "view.h"
+
+namespace fastgen {
+namespace {
+
+// The part of DLPack 1.x's exchange table that is used here, as its specification lays it out.
+struct DlDevice {
+    int32_t type;
+    int32_t id;
+};
+struct DlDataType {
+    uint8_t code, bits;
+    uint16_t lanes;
+};
+struct DlTensor {
+    void* data;
+    DlDevice device;
+    int32_t ndim;
+    DlDataType dtype;
+    int64_t* shape;
+    int64_t* strides;
+    uint64_t byte_offset;
+};
+struct DlExchange {
+    uint32_t major, minor;
+    DlExchange* previous;
+    void* allocate;
+    void* export_managed;
+    void* import_managed;
+    int (*tensor_from_object)(void* object, DlTensor* out);
+    void* current_stream;
+};
+constexpr int kDlCpu = 1, kDlFloat = 2, kDlBfloat = 4;
+
+DlExchange* exchange_table = nullptr;
+PyObject* torch_dtypes[3];
+PyObject* tensor_types[2];
+PyObject* empty_like;
+PyObject *name_data_ptr, *name_dtype, *name_stride, *name_shape, *name_is_cpu, *name_is_neg,
+    *name_is_zero, *name_requires_grad;
+
+py::object checked(PyObject* object) {
+    if (!object) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(object);
+}
+
+py::object attribute(PyObject* object, PyObject* name) {
+    return checked(PyObject_GetAttr(object, name));
+}
+
+py::object call_method(PyObject* object, PyObject* name) {
+    return checked(PyObject_CallMethodNoArgs(object, name));
+}
+
+int read_dims(const py::object& dims, int64_t* out) {
+    const int count = int(PyTuple_GET_SIZE(dims.ptr()));
+    if (count > kMaxRank) throw py::value_error("more dimensions than torch allows");
+    for (int i = 0; i < count; ++i) {
+        out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(dims.ptr(), i));
+        if (out[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+    }
+    return count;
+}
+
+void look_by_attributes(PyObject* tensor, View& view) {
+    const py::object pointer = call_method(tensor, name_data_ptr);
+    view.data = PyLong_AsVoidPtr(pointer.ptr());
+    if (!view.data && PyErr_Occurred()) throw py::error_already_set();
+    view.on_cpu = attribute(tensor, name_is_cpu).ptr() == Py_True;
+    view.ndim = read_dims(attribute(tensor, name_shape), view.storage);
+    read_dims(call_method(tensor, name_stride), view.storage + kMaxRank);
+    view.size = view.storage;
+    view.stride = view.storage + kMaxRank;
+    const py::object dtype = attribute(tensor, name_dtype);
+    view.dtype = -1;
+    for (int code = 0; code < 3; ++code)
+        if (torch_dtypes[code] == dtype.ptr()) view.dtype = code;
+}
+
+}  // namespace
+
+void set_torch(py::tuple dtypes, py::tuple types, py::object allocate, py::object exchange) {
+    for (int i = 0; i < 3; ++i) torch_dtypes[i] = py::object(dtypes[i]).release().ptr();
+    for (int i = 0; i < 2; ++i) tensor_types[i] = py::object(types[i]).release().ptr();
+    empty_like = allocate.release().ptr();
+    name_data_ptr = PyUnicode_InternFromString("data_ptr");
+    name_dtype = PyUnicode_InternFromString("dtype");
+    name_stride = PyUnicode_InternFromString("stride");
+    name_shape = PyUnicode_InternFromString("shape");
+    name_is_cpu = PyUnicode_InternFromString("is_cpu");
+    name_is_neg = PyUnicode_InternFromString("is_neg");
+    name_is_zero = PyUnicode_InternFromString("_is_zerotensor");
+    name_requires_grad = PyUnicode_InternFromString("requires_grad");
+    exchange_table = nullptr;
+    if (exchange.is_none()) return;
+    auto* table = static_cast<DlExchange*>(
+        PyCapsule_GetPointer(exchange.release().ptr(), "dlpack_exchange_api"));
+    while (table && table->major != 1) table = table->previous;
+    PyErr_Clear();
+    exchange_table = table;
+}
+
+void look_at(PyObject* tensor, View& view) {
+    if (!exchange_table) return look_by_attributes(tensor, view);
+    DlTensor seen;
+    if (exchange_table->tensor_from_object(tensor, &seen) != 0) throw py::error_already_set();
+    view.data = static_cast<char*>(seen.data) + seen.byte_offset;
+    view.on_cpu = seen.device.type == kDlCpu;
+    view.ndim = seen.ndim;
+    view.size = seen.shape;
+    view.stride = seen.strides;
+    view.dtype = -1;
+    if (seen.dtype.lanes != 1) return;
+    if (seen.dtype.code == kDlFloat && seen.dtype.bits == 32) view.dtype = kFloat32;
+    if (seen.dtype.code == kDlFloat && seen.dtype.bits == 16) view.dtype = kFloat16;
+    if (seen.dtype.code == kDlBfloat && seen.dtype.bits == 16) view.dtype = kBFloat16;
+}
+
+bool is_ordinary(PyObject* tensor, bool grad) {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    if (type != tensor_types[0] && type != tensor_types[1]) return false;
+    if (grad && attribute(tensor, name_requires_grad).ptr() == Py_True) return false;
+    return call_method(tensor, name_is_neg).ptr() == Py_False &&
+           call_method(tensor, name_is_zero).ptr() == Py_False;
+}
+
+py::object new_like(PyObject* tensor) { return checked(PyObject_CallOneArg(empty_like, tensor)); }
+
+}  // namespace fastgen

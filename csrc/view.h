@@ -1,0 +1,61 @@
+// How the module sees a torch tensor: through DLPack's C exchange table where torch has one (2.10 and
+// later; tens of nanoseconds), through the tensor's own Python attributes where it has not.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "layout.h"
+
+namespace fastgen {
+
+namespace py = pybind11;
+
+struct View {
+    void* data;
+    int dtype;  // a DType, or -1
+    bool on_cpu;
+    int ndim;
+    const int64_t* size;
+    const int64_t* stride;
+    int64_t storage[2 * kMaxRank];  // size and stride, where torch lends no arrays of its own
+
+    View() = default;
+    View(const View&) = delete;  // size and stride may point into storage
+    View& operator=(const View&) = delete;
+
+    bool has_size_of(const View& other) const {
+        if (ndim != other.ndim) return false;
+        for (int dim = 0; dim < ndim; ++dim)
+            if (size[dim] != other.size[dim]) return false;
+        return true;
+    }
+
+    bool is_contiguous() const {
+        int64_t expected = 1;
+        for (int dim = ndim - 1; dim >= 0; --dim) {
+            if (size[dim] != 1 && stride[dim] != expected) return false;
+            expected *= size[dim];
+        }
+        return true;
+    }
+
+    int64_t elements() const {
+        int64_t count = 1;
+        for (int dim = 0; dim < ndim; ++dim) count *= size[dim];
+        return count;
+    }
+};
+
+// What the module needs of torch, handed over once.
+void set_torch(py::tuple dtypes, py::tuple types, py::object empty_like, py::object exchange);
+
+// Fills `view`; throws the Python error of a tensor that has no memory to show.
+void look_at(PyObject* tensor, View& view);
+
+// Whether a tensor is all that its memory shows: exactly torch.Tensor or Parameter, no negative or
+// zero flag, and no gradient wanted while gradients are being recorded.
+bool is_ordinary(PyObject* tensor, bool grad);
+
+py::object new_like(PyObject* tensor);
+
+}  // namespace fastgen
