@@ -68,6 +68,8 @@ def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
             return "built without CUDA (no nvcc was found)"
         if torch.version.cuda is None:
             return "this torch has no CUDA"
+        if torch.cuda.is_available() and (reason := _native.cuda_refusal()):
+            return f"the compiled kernels do not run on this device: {reason}"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"

@@ -50,7 +50,8 @@ class Loop:
         self.plan, self.x, self.index = plan, x.detach(), 0
         self.history: list[Tensor | None] = [None] * plan.history
         self._batch, self._guided = x.shape[0], guided
-        self._backend = kernel.choose(backend, x)
+        self._backend = backend
+        kernel.choose(backend, x)  # refuses now what cannot serve
         self._seed: kernel.Seed = None
         self._ids: int | Tensor = 0
         if seed is not None:
@@ -59,19 +60,19 @@ class Loop:
             self._ids = checks.sample_ids(sample_ids, self._batch, x.device)
         guidance = checks.per_sample("guidance_scale", guidance_scale, self._batch, x.device)
         self._guidance = guidance.float() if isinstance(guidance, Tensor) else guidance
-        self._rows = [_with_input(row) for row in plan.rows[:-1]] if guided else list(plan.rows[:-1])
+        self._rows = (
+            [_with_input(row) for row in plan.rows[:-1]] if guided else list(plan.rows[:-1])
+        )
         self._rows.append(plan.rows[-1])
         copies = 2 if guided else 1
         shape = (copies * self._batch, *x.shape[1:])
         self._buffers = [x.new_empty(shape), x.new_empty(shape)] if len(plan) > 1 else []
         self._times = plan.times(x.device)
         first = plan.rows[0].input_scale
-        self._input = x if first == 1.0 else self._scaled(x, first)
+        self._input = self.x if first == 1.0 else self._scaled(self.x, first)
         if guided:
             self._input = torch.cat([self._input, self._input])
-        self._scaled_input: Tensor | None = None
-        if any(row.input_scale != 1.0 for row in plan.rows[1:]):
-            self._scaled_input = x.new_empty(shape)
+        self._made_input = x.new_empty(shape) if any(map(_makes_input, plan.rows)) else None
 
     @property
     def done(self) -> bool:
@@ -109,7 +110,8 @@ class Loop:
                 checks.like("uncond", uncond, "x", self.x)
         targets = self._targets(row)
         kernel.run(
-            self.x.shape, self._rows[self.index], backend=self._backend,
+            self.x.shape, self._rows[self.index],
+            backend=kernel.choose(self._backend, self.x, output, uncond),
             dtypes=[t.dtype for t in targets], device=self.x.device, x=self.x, cond=output,
             uncond=uncond, history=tuple(self.history), guidance=self._guidance,
             seed=self._seed if row.noises else None, sample_ids=self._ids, step=self.index,
@@ -132,30 +134,36 @@ class Loop:
                     dtype = torch.promote_types(self.x.dtype, torch.float32)
                     self.history[output.target] = torch.empty_like(self.x, dtype=dtype)
                 targets.append(self.history[output.target])  # type: ignore[arg-type]
-            elif self._scaled_input is not None:
-                targets.append(self._scaled_input[: self._batch])
+            elif _makes_input(row):
+                targets.append(self._made_input[: self._batch])  # type: ignore[index]
             else:
                 targets.append(whole[self._batch :])
         return targets
 
     def _next_input(self) -> Tensor:
-        whole = self._buffers[(self.index - 1) % 2]
-        if self._scaled_input is not None and self.row.input_scale != 1.0:
-            whole = self._scaled_input
-        has_copy = any(o.target == "input" for o in self._rows[self.index - 1].outputs)
-        if self._guided and (whole is self._scaled_input or not has_copy):
+        made = _makes_input(self.plan.rows[self.index - 1])
+        whole = self._made_input if made else self._buffers[(self.index - 1) % 2]
+        assert whole is not None
+        copied = not made and _makes_input(self._rows[self.index - 1])
+        if self._guided and not copied:
             whole[self._batch :].copy_(whole[: self._batch])
         return whole
 
     def _scaled(self, x: Tensor, scale: float) -> Tensor:
         row = Row((Output({"x": scale}),))
-        return kernel.run(x.shape, row, backend=self._backend, dtypes=(x.dtype,), device=x.device,
+        backend = kernel.choose(self._backend, x)
+        return kernel.run(x.shape, row, backend=backend, dtypes=(x.dtype,), device=x.device,
                           like=x, x=x)[0]  # fmt: skip
+
+
+def _makes_input(row: Row) -> bool:
+    """Whether the row makes the next network input itself; otherwise that is the next sample."""
+    return any(output.target == "input" for output in row.outputs)
 
 
 def _with_input(row: Row) -> Row:
     """The row, writing the next sample a second time: the other half of the network's batch."""
-    if len(row.outputs) == MAX_OUTPUTS or any(o.target == "input" for o in row.outputs):
+    if len(row.outputs) == MAX_OUTPUTS or _makes_input(row):
         return row
     return replace(row, outputs=(*row.outputs, replace(row.outputs[0], target="input")))
 
@@ -187,8 +195,8 @@ def sample(
     shape: (B, ...) of the samples, drawn from ``seed`` by ``fastgen.randn``; or x: the first sample
         itself. dtype, device: of the samples drawn (float32, and torch's default device).
     seed, sample_ids: of all noise; the seed is needed only where some is drawn.
-    cond, uncond: any tree of tensors with the batch first. With guidance_scale g (a float or one per
-        sample) the network is called once a step with [uncond, cond], and its outputs become
+    cond, uncond: any tree of tensors with the batch first. With guidance_scale g (a float or one
+        per sample) the network is called once a step with [uncond, cond], and its outputs become
         u + g (c - u).
     progress: shows a bar. callback: called with the ``Loop`` after every step.
 
@@ -196,7 +204,9 @@ def sample(
     fit.
     """
     if (shape is None) == (x is None):
-        raise ValueError(f"shape, x: got {'neither' if x is None else 'both'}, expected one of them")
+        raise ValueError(
+            f"shape, x: got {'neither' if x is None else 'both'}, expected one of them"
+        )
     if (guidance_scale is None) != (uncond is None):
         raise ValueError("guidance_scale, uncond: guidance takes both, got one of them")
     if x is None:
@@ -207,6 +217,8 @@ def sample(
         raise ValueError("dtype, device: go with shape; x has its own")
     guided = guidance_scale is not None
     if guided:
+        if cond is None:
+            raise ValueError("cond: got None, but guidance takes cond and uncond")
         cond = pytree.tree_map(_concatenate, uncond, cond)
     loop = Loop(
         plan,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
 import numpy as np
@@ -39,12 +39,16 @@ class Output:
             raise ValueError(f"weights: unknown input {sorted(unknown)[0]!r}, expected {INPUTS}")
         if len(self.noise) > MAX_NOISES:
             raise ValueError(f"noise: got {len(self.noise)} factors, expected at most {MAX_NOISES}")
-        if self.target not in ("x", "input") and self.target not in range(HISTORY):
+        slot = isinstance(self.target, int) and self.target in range(HISTORY)
+        if not slot and self.target not in ("x", "input"):
             raise ValueError(
                 f"target: got {self.target!r}, expected 'x', 'input' or a slot below {HISTORY}"
             )
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
         object.__setattr__(self, "noise", tuple(float(s) for s in self.noise))
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.weights.items()), self.noise, self.target))
 
     def __reduce__(self):
         return Output, (dict(self.weights), self.noise, self.target)
@@ -74,6 +78,7 @@ class Row:
     input_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "outputs", tuple(self.outputs))
         if not 1 <= len(self.outputs) <= MAX_OUTPUTS:
             raise ValueError(f"outputs: got {len(self.outputs)}, expected 1 to {MAX_OUTPUTS}")
         low, high = self.clip or (-math.inf, math.inf)
@@ -85,6 +90,9 @@ class Row:
         with np.errstate(over="ignore"):
             if not np.isfinite(np.array(numbers, dtype=np.float32)).all():
                 raise ValueError("row: a coefficient is NaN, infinite or beyond float32")
+
+    def __reduce__(self):  # without the cached arrays, which would come back writeable
+        return Row, tuple(getattr(self, f.name) for f in fields(self))
 
     @functools.cached_property
     def floats(self) -> np.ndarray:

@@ -46,6 +46,9 @@ class NoiseSchedule:
     def __hash__(self) -> int:
         return hash(self.alpha_bars.tobytes())
 
+    def __reduce__(self):  # the copy's array is read-only as well
+        return NoiseSchedule, (self.alpha_bars,)
+
     @classmethod
     def from_alpha_bars(cls, alpha_bars: Sequence[float] | np.ndarray) -> NoiseSchedule:
         """From the signal levels themselves."""

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
 from ..plan import HISTORY, Output, Row
 from ..reference import guidance as reference
+from ..reference.arithmetic import per_sample_rows
+from ..reference.step import per_sample
 from . import kernel
 from .dispatch import LIBRARY, is_plain
 
@@ -143,19 +145,19 @@ def _rescale_backward(ctx, grad):
     """d std / d v = (v - mean) / ((n - 1) std)."""
     cond, uncond, guidance = ctx.saved_tensors
     c, u = cond.float(), uncond.float()
-    g = reference.per_sample(guidance, c)
+    g = per_sample(guidance, c)
     guided = torch.where(g == 1, c, u + g * (c - u))
     freedom = c[0].numel() - 1
 
     def spread(v):
-        centred = v - v.flatten(1).mean(1).view(-1, *[1] * (v.ndim - 1))
-        return centred, (centred * centred).flatten(1).sum(1).div(freedom).sqrt()
+        centred = v - per_sample(per_sample_rows(v).mean(1), v)
+        return centred, per_sample_rows(centred * centred).sum(1).div(freedom).sqrt()
 
     centred_c, std_c = spread(c)
     centred_e, std_e = spread(guided)
-    grad_c = reference.per_sample(grad * ctx.rescale / (std_e * std_c * freedom), c) * centred_c
-    grad_e = reference.per_sample(-grad * ctx.rescale * std_c / (std_e**3 * freedom), c) * centred_e
-    grad_g = (grad_e * (c - u)).flatten(1).sum(1)
+    grad_c = per_sample(grad * ctx.rescale / (std_e * std_c * freedom), c) * centred_c
+    grad_e = per_sample(-grad * ctx.rescale * std_c / (std_e**3 * freedom), c) * centred_e
+    grad_g = per_sample_rows(grad_e * (c - u)).sum(1)
     if guidance.numel() == 1:
         grad_g = grad_g.sum().view(1)
     return (

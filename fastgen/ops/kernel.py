@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..plan import INPUTS, MAX_NOISES, MAX_OUTPUTS, Row
-from ..reference.arithmetic import exp, working_dtype
+from ..reference.arithmetic import exp, per_sample_rows, working_dtype
 from ..reference.noise import normal
 from ..reference.step import clip, guide, per_sample
 from ..reference.step import step as reference_step
@@ -290,7 +290,7 @@ def _backward(ctx, grads):
 
     def total(values, like):
         """Summed to the shape (1,) or (B,) of what it is the gradient of."""
-        summed = values.flatten(1).sum(1) if values.ndim > 1 else values
+        summed = per_sample_rows(values).sum(1)
         return (summed.sum().view(1) if like.shape[0] == 1 else summed).to(like.dtype)
 
     x_, c, u, h = widen(x), widen(cond), widen(uncond), [widen(v) for v in history]

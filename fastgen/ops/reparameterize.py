@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..reference import reparameterize as reference
-from ..reference.arithmetic import CHUNK, sum_by_halves
+from ..reference.arithmetic import CHUNK, per_sample_rows, sum_by_halves
 from ..reference.noise import normal
 from ..reference.step import per_sample
 from . import kernel
@@ -130,7 +130,7 @@ def gaussian_kl_monte_carlo(
     for step in range(draws):
         z = reparameterize(mean.float(), logvar.float(), seed=seed, step=step)
         distance = (z - mean) ** 2 * torch.exp(-logvar.float())
-        total = total + 0.5 * sum_by_halves((z**2 - distance - logvar).flatten(1))
+        total = total + 0.5 * sum_by_halves(per_sample_rows(z**2 - distance - logvar))
     return total / draws
 
 

@@ -127,6 +127,11 @@ def sum_by_halves(values: Tensor) -> Tensor:
             return values.squeeze(-1)
 
 
+def per_sample_rows(values: Tensor) -> Tensor:
+    """(B, ...) as (B, elements of a sample); a (B,) tensor has one element a sample."""
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
+
+
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where any tensor has it, else float32: what the arithmetic is done in."""
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)

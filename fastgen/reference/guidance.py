@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arithmetic import CHUNK, sqrt, sum_by_halves, working_dtype
+from .arithmetic import CHUNK, per_sample_rows, sqrt, sum_by_halves, working_dtype
 from .step import guide
 
 
 def standard_deviation(values: Tensor) -> Tensor:
     """Unbiased, per sample: (B, ...) to (B,). Chunks of 1024 are centred on their own mean and
     joined as Chan, Golub & LeVeque (1983) do."""
-    flat = values.flatten(1)
+    flat = per_sample_rows(values)
     elements = flat.shape[1]
     if elements == 0:
         return flat.new_full((flat.shape[0],), torch.nan)

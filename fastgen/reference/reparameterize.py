@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .arithmetic import exp, sum_by_halves, working_dtype
+from .arithmetic import exp, per_sample_rows, sum_by_halves, working_dtype
 from .step import clip
 
 
@@ -30,4 +30,4 @@ def gaussian_kl(mean: Tensor, logvar: Tensor, clamp: tuple[float, float]) -> Ten
     mean = mean.to(dtype)
     clamped, sigma = deviation(logvar.to(dtype), clamp)
     divergence = ((mean * mean + sigma * sigma) - 1.0) - clamped
-    return 0.5 * sum_by_halves(divergence.flatten(1))
+    return 0.5 * sum_by_halves(per_sample_rows(divergence))

@@ -29,12 +29,16 @@ def dpmpp_2m(
     """DPM-Solver++(2M), multistep, second order: Lu et al. (2022), algorithm 2.
 
     The first step, and the last where it goes to noise level zero, are of first order. Arguments as
-    for ``ddpm``.
+    for ``ddpm``; ValueError too where the schedule gives two steps the same noise level.
     """
     bounds = None if clip is None else checks.interval("clip", clip)
     rows = []
     step_before = math.nan  # h_{i-1}
     for i, (t, a_t, a_s) in enumerate(schedule.pairs(steps, spacing)):
+        if a_s == a_t:
+            raise ValueError(
+                f"schedule: two steps in a row at alpha_bar = {a_t}, expected it to fall"
+            )
         lambda_t, lambda_s = log_snr(a_t), log_snr(a_s)
         h = lambda_s - lambda_t
         shrink = math.exp(-h)
@@ -48,7 +52,9 @@ def dpmpp_2m(
         if i + 1 < steps:
             outputs.append(Output({"denoised": 1.0}, target=i % 2))
         rows.append(
-            Row(tuple(outputs), denoised=denoised(prediction, a_t), clip=bounds, model_time=float(t))
+            Row(
+                tuple(outputs), denoised=denoised(prediction, a_t), clip=bounds, model_time=float(t)
+            )
         )
         step_before = h
     return Plan(tuple(rows), solver="dpmpp_2m")

@@ -83,7 +83,7 @@ def _transposed_stack(latent: int, width: int) -> nn.Sequential:
 class Generator(nn.Module):
     """The generator of a DCGAN. Radford, Metz & Chintala (2016)."""
 
-    def __init__(self, latent: int = 64, width: int = 48) -> None:
+    def __init__(self, latent: int = 64, width: int = 32) -> None:
         super().__init__()
         self.latent = latent
         self.layers = _transposed_stack(latent, width)
@@ -101,7 +101,7 @@ class VAE(nn.Module):
     exp(pixel_logvar) for all of them (Rybkin, Daniilidis & Levine, 2021).
     """
 
-    def __init__(self, latent: int = 16, width: int = 64) -> None:
+    def __init__(self, latent: int = 16, width: int = 32) -> None:
         super().__init__()
         self.latent = latent
         self.encoder = nn.Sequential(

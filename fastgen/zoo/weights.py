@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 
@@ -19,7 +19,7 @@ def write(path: Path, model: nn.Module, card: str) -> None:
         name: (tensor.half() if tensor.ndim > 1 else tensor).detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    save_file(state, path, metadata={"card": card, "sha256": _digest(state)})
+    path.write_bytes(save(state, {"card": card, "sha256": _digest(state)}))
 
 
 def read(path: Path, model: nn.Module) -> None:

@@ -1,0 +1,226 @@
+"""The ``fastgen`` command: sample from the zoo's models, see what runs where."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastgen
+from fastgen import backends, zoo
+from fastgen.plan import Plan
+from fastgen.schedules import SPACINGS
+
+SOLVERS: dict[str, Callable[..., Plan]] = {
+    "ddim": fastgen.solvers.ddim,
+    "ddpm": fastgen.solvers.ddpm,
+    "dpmpp_2m": fastgen.solvers.dpmpp_2m,
+}
+
+
+class Stopwatch:
+    """A model that adds up the time spent in it."""
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self.model, self.seconds = model, 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = self.model(*arguments)
+        self.seconds += time.perf_counter() - start
+        return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="fastgen", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fastgen {fastgen.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_sample(commands)
+    info = commands.add_parser("info", help="what runs where, and why")
+    info.set_defaults(run=_info)
+    models = commands.add_parser("models", help="the zoo's models, a line each")
+    models.set_defaults(run=_models)
+    demo = commands.add_parser("demo", help="sample all models into one picture; time the sampler")
+    demo.add_argument("--out", type=Path, default=Path("demo.png"), help="default: %(default)s")
+    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.set_defaults(run=_demo)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        parser.exit(2, f"fastgen: {error}\n")
+    return 0
+
+
+def _add_sample(commands: Any) -> None:
+    sample = commands.add_parser(
+        "sample",
+        help="sample from a model of the zoo into a PNG",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sample.add_argument("--model", choices=zoo.names(), default="digits-diffusion", help="which")
+    sample.add_argument("--solver", choices=sorted(SOLVERS), default="ddim", help="of diffusion")
+    sample.add_argument("--steps", type=int, default=50, help="of the solver")
+    sample.add_argument("--spacing", choices=SPACINGS, default="trailing", help="of the timesteps")
+    sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as ddpm")
+    sample.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
+    sample.add_argument("--labels", default="0-9", help="digits to draw, as in 0-9 or 3,1,4")
+    sample.add_argument("--count", type=int, default=4, help="samples a label (or in tens)")
+    sample.add_argument("--seed", type=int, default=0, help="of all noise")
+    sample.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write")
+    sample.add_argument("--device", default="cpu", help="where to run")
+    sample.set_defaults(run=_sample)
+
+
+def labels_of(text: str) -> list[int]:
+    """"0-9" or "3,1,4" as a list of digits. ValueError for anything else."""
+    labels: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"--labels: got {text!r}, expected digits as in 0-9 or 3,1,4")
+        labels += range(int(first), int(last or first) + 1)
+    if not labels or max(labels) > 9:
+        raise ValueError(f"--labels: got {text!r}, expected digits from 0 to 9")
+    return labels
+
+
+def sample_digits(
+    model: torch.nn.Module,
+    plan: Plan,
+    labels: Tensor,
+    guidance: float,
+    seed: int,
+    progress: bool = False,
+) -> tuple[Tensor, float, float]:
+    """(images (B, 1, 16, 16), seconds in the network, seconds in the sampler)."""
+    timed = Stopwatch(model)
+    start = time.perf_counter()
+    images = fastgen.sample(
+        timed,
+        plan,
+        (len(labels), 1, 16, 16),
+        seed=seed,
+        guidance_scale=guidance,
+        cond=labels,
+        uncond=torch.full_like(labels, int(model.unconditional)),  # type: ignore[arg-type]
+        progress=progress,
+        device=labels.device,
+    )
+    return images, timed.seconds, time.perf_counter() - start - timed.seconds
+
+
+def decode_prior(model: torch.nn.Module, name: str, count: int, seed: int, device: str) -> Tensor:
+    """Images from standard normal latents, by a decoder or generator: (count, 1, 16, 16)."""
+    z = fastgen.randn((count, int(model.latent)), seed=seed, device=device)  # type: ignore[arg-type]
+    return model.decode(z) if name == "digits-vae" else model(z)  # type: ignore[operator]
+
+
+@torch.inference_mode()
+def _sample(options: argparse.Namespace) -> None:
+    if options.count < 1:
+        raise ValueError(f"--count: got {options.count}, expected at least 1")
+    model = zoo.load(options.model, options.device)
+    where = f"{options.device}, {backends.native().isa()} kernels"
+    if options.model == "digits-diffusion":
+        labels = torch.tensor(labels_of(options.labels), device=options.device)
+        every = labels.repeat(options.count)
+        extra = {"eta": options.eta} if options.solver == "ddim" else {}
+        plan = SOLVERS[options.solver](
+            fastgen.NoiseSchedule.cosine(),
+            options.steps,
+            prediction="v",
+            clip=1.0,
+            spacing=options.spacing,
+            **extra,
+        )
+        images, network, sampler = sample_digits(
+            model, plan, every, options.guidance, options.seed, progress=True
+        )
+        columns = len(labels)
+        line = (
+            f"{options.model}: {options.solver}, {options.steps} steps, guidance "
+            f"{options.guidance:g}, {len(every)} samples on {where}: network {network:.2f} s, "
+            f"sampler {1e3 * sampler:.1f} ms ({1e6 * sampler / options.steps:.0f} µs a step)"
+        )
+    else:
+        start = time.perf_counter()
+        images = decode_prior(model, options.model, 10 * options.count, options.seed, options.device)
+        columns = 10
+        line = f"{options.model}: {len(images)} samples on {where} in {time.perf_counter() - start:.3f} s"
+    write_grid(images, options.out, columns)
+    print(f"{line}\nwrote {options.out}")
+
+
+def write_grid(images: Tensor, path: Path, columns: int, scale: int = 3) -> None:
+    """(B, 1, H, W) in [-1, 1] as a PNG, row by row, each pixel ``scale`` wide."""
+    from PIL import Image
+
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1), 32, dtype=torch.uint8)
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    for i in range(count):
+        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        sheet[top : top + height, left : left + width] = pixels[i, 0]
+    sheet = sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    Image.fromarray(sheet.numpy()).save(path, format="PNG")
+
+
+@torch.inference_mode()
+def _demo(options: argparse.Namespace) -> None:
+    from fastgen.bench import eager
+    from fastgen.bench.timing import interleaved, machine, report
+
+    print(machine())
+    plan = fastgen.solvers.ddim(fastgen.NoiseSchedule.cosine(), 50, prediction="v", clip=1.0)
+    diffusion = zoo.load("digits-diffusion")
+    labels = torch.arange(10).repeat(4)
+    images, network, sampler = sample_digits(diffusion, plan, labels, 3.0, options.seed)
+    print(f"digits-diffusion: 40 digits, 50 steps: network {network:.2f} s, sampler "
+          f"{1e3 * sampler:.1f} ms")  # fmt: skip
+    rest = [decode_prior(zoo.load(n), n, 20, options.seed, "cpu") for n in ("digits-vae", "digits-dcgan")]
+    write_grid(torch.cat([images, *rest]), options.out, 10)
+    print(f"wrote {options.out}: four rows of diffusion, two of the VAE, two of the DCGAN")
+
+    a_t, a_s = 0.5, 0.6
+    rows = []
+    for shape in ((1, 16, 8), (40, 1, 16, 16), (1, 4, 64, 64), (8, 4, 128, 128)):
+        x, c, u = (torch.randn(shape) for _ in range(3))
+
+        def eager_step(x=x, c=c, u=u):
+            return eager.ddim_step(x, eager.cfg_combine(c, u, 3.0), a_t, a_s)
+
+        def our_step(x=x, c=c, u=u):
+            return fastgen.ddim_step(x, c, a_t, a_s, uncond=u, guidance_scale=3.0)
+
+        difference = (our_step() - eager_step()).abs().max()
+        if not difference < 1e-4:
+            raise ValueError(f"the step differs from eager PyTorch's by {difference}")
+        rows.append((f"ddim + guidance {shape}", interleaved({"fastgen": our_step, "eager": eager_step})))
+
+        def eager_ancestral(x=x, c=c, u=u):
+            return eager.ddpm_step(x, eager.cfg_combine(c, u, 3.0), a_t, a_s)
+
+        def our_ancestral(x=x, c=c, u=u):
+            return fastgen.ddpm_step(x, c, a_t, a_s, uncond=u, guidance_scale=3.0, seed=0, step=1)
+
+        rows.append((f"ddpm + guidance {shape}",
+                     interleaved({"fastgen": our_ancestral, "eager": eager_ancestral})))  # fmt: skip
+    report("sampler time per step", rows)
+
+
+def _info(options: argparse.Namespace) -> None:
+    print(f"fastgen {fastgen.__version__}")
+    print(fastgen.info())
+
+
+def _models(options: argparse.Namespace) -> None:
+    for name in zoo.names():
+        print(f"{name}: {zoo.card(name)}")

@@ -1,0 +1,253 @@
+"""The CUDA kernels, compiled for the CPU with an emulation of thread blocks, give the CPU's bits.
+
+What only a GPU can show (the machine code, speed, streams, graphs) is bench/gpu_check.py's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOAT32, BFLOAT16, FLOAT16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INFINITY = float("inf")
+CPU, CUDA = (1, None), (1, 0)  # threads, stream: a stream means the CUDA kernels
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "csrc").is_dir() or shutil.which("g++") is None, reason="needs csrc/ and g++"
+)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    """fastgen._native built with csrc/cuda on the emulator of tests/cuda_on_cpu."""
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-fvisibility=hidden", "-ffp-contract=off",
+             "-fno-math-errno", "-fno-trapping-math"]  # fmt: skip
+    emulated = ["-I", str(ROOT / "tests/cuda_on_cpu"), "-include", "cuda_runtime.h", "-x", "c++"]
+    python = [
+        *("-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]),
+        *('-DFASTGEN_CUDA="emulated"', '-DFASTGEN_VERSION="0"'),
+    ]
+    one_isa = ["-DFASTGEN_ISA=baseline"]
+    every_isa = ("dispatch", "parallel")
+    commands = [(file, emulated) for file in (ROOT / "csrc/cuda").glob("*.cu")]
+    for file in (ROOT / "csrc/cpu").glob("*.cpp"):
+        commands.append((file, [] if file.stem in every_isa else one_isa))
+    commands += [(file, python) for file in (ROOT / "csrc").glob("*.cpp")]
+    objects = [str(folder / f"{file.parent.name}_{file.stem}.o") for file, _ in commands]
+
+    def compile_one(command, target):
+        file, extra = command
+        subprocess.run(["g++", *flags, *extra, "-c", str(file), "-o", target], check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, commands, objects))
+    library = str(folder / "_native.so")
+    subprocess.run(["g++", "-shared", "-o", library, *objects, "-ldl"], check=True)
+    spec = importlib.util.spec_from_file_location("_native", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.set_torch(DTYPES, (torch.Tensor, torch.nn.Parameter), torch.empty_like, None)
+    return module
+
+
+def bits(tensor):
+    words = tensor.contiguous().view(torch.int32 if tensor.dtype == FLOAT32 else torch.int16)
+    return torch.where(tensor.isnan(), -1, words)
+
+
+class Maker:
+    """Random tensors of one shape, each in some layout, with a few special values."""
+
+    def __init__(self, seed, shape, layouts, dtypes, special=True):
+        self.choose = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.shape, self.layouts, self.dtypes, self.special = shape, layouts, dtypes, special
+
+    def __call__(self, writable=False):
+        dtype = self.choose.choice(self.dtypes)
+        layout = self.choose.choice(self.layouts)
+        if writable and layout == "expanded":
+            layout = "contiguous"
+        values = torch.randn(self.shape, generator=self.generator).to(dtype)
+        flat = values.view(-1)
+        for special in (float("nan"), INFINITY, -INFINITY, -0.0, 1e-40, 3e38):
+            if self.special and flat.numel() > 64:
+                flat[self.choose.randrange(flat.numel())] = special
+        if layout == "permuted" and values.ndim > 1:
+            return values.movedim(1, -1).contiguous().movedim(-1, 1)
+        if layout == "offset":
+            room = values.new_empty(values.numel() + 1)
+            return room[1:].view(self.shape).copy_(values)
+        if layout == "sliced":
+            room = values.new_zeros([2 * n + 1 for n in self.shape])
+            return room[tuple(slice(1, 2 * n + 1, 2) for n in self.shape)].copy_(values)
+        if layout == "half" and values.ndim > 1:
+            room = values.new_zeros((self.shape[0], 2 * self.shape[1], *self.shape[2:]))
+            return room[:, self.shape[1] :].copy_(values)
+        if layout == "expanded" and values.ndim > 1:
+            return values[:, :1].expand(self.shape)
+        return values
+
+    def maybe(self, probability=0.6):
+        return self() if self.choose.random() < probability else None
+
+
+SHAPES = [
+    (1, 8),
+    (2, 4, 16, 16),
+    (3, 3, 5, 7),
+    (5, 1),
+    (70, 20),
+    (2, 2049),
+    (1, 4096),
+    (2, 3, 40, 24),
+]
+LAYOUTS = [
+    (["contiguous"], [FLOAT32]),
+    (["contiguous"], [BFLOAT16, FLOAT32]),
+    (["contiguous", "half"], [FLOAT16, BFLOAT16]),
+    (["permuted"], [FLOAT32, FLOAT16]),
+    (["contiguous", "permuted", "offset", "sliced", "half", "expanded"], list(DTYPES)),
+]
+
+
+def random_rows(choose, count, many):
+    """(count, 72): weights of which about half are zero."""
+    rows = torch.zeros(count, 72)
+    for row in rows:
+        row[0], row[1] = choose.choice([0.0, 1.25, -0.5]), choose.choice([0.0, -0.75])
+        row[2], row[3] = choose.choice([(-INFINITY, INFINITY), (-1.0, 0.5)])
+        row[4], row[5] = 0.5, -0.25
+        for i in range(8, 72):
+            if choose.random() < 0.5:
+                row[i] = choose.uniform(-2, 2)
+        if not many:
+            row[8:56].view(4, 12)[:, [4, *range(7, 12)]] = 0
+            row[56:].view(4, 4)[:, 1:] = 0
+    return rows
+
+
+@pytest.mark.parametrize(("layouts", "dtypes"), LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_step(native, shape, layouts, dtypes):
+    for seed in range(6):
+        make = Maker(seed, shape, layouts, dtypes)
+        choose, batch = make.choose, shape[0]
+        many = choose.random() < 0.5
+        x, cond, uncond, known, logvar = (make.maybe(0.8) for _ in range(5))
+        history = tuple(make.maybe() for _ in range(7 if many else 2))
+        noise = tuple(make.maybe(0.3) for _ in range(4 if many else 1))
+        out = [make(writable=True) for _ in range(choose.randint(1, 4))]
+        rows, pointer = random_rows(choose, batch + 3, many), None
+        match choose.choice(["value", "shared", "per sample", "pointer"]):
+            case "value":
+                row, rows = rows[0].numpy().tobytes(), None
+            case "shared":
+                row = 0
+            case "per sample":
+                row = 1
+            case "pointer":
+                row, pointer = 0, torch.tensor(2)
+        guidance = choose.choice([1.0, 7.5, "tensor", "scalar"])
+        if guidance == "tensor":
+            guidance = (torch.tensor([1.0, 3.0, 0.0] * batch)[:batch].contiguous(), 1)
+        elif guidance == "scalar":
+            guidance = (torch.tensor([2.5]), 0)
+        scale = torch.rand(batch) if choose.random() < 0.3 else None
+        ids = choose.choice([0, 2**62, torch.arange(batch).flip(0)])
+        keys = choose.choice([None, 7, 2**64 - 1, (torch.arange(batch) - 3, 1)])
+        results = []
+        for target in (CPU, CUDA):
+            outs = [o.clone(memory_format=torch.preserve_format).fill_(9.0) for o in out]
+            native.step(
+                *(shape, x, cond, uncond, known, logvar, history, noise, tuple(outs)),
+                *(row, rows, pointer, guidance, scale, keys, ids, 5, (2, 8, 9, 10), *target),
+            )
+            results.append([bits(o) for o in outs])
+        for on_cpu, on_cuda in zip(*results, strict=True):
+            assert torch.equal(on_cpu, on_cuda), (seed, row if isinstance(row, int) else "value")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_step_in_place(native, dtype):
+    shape = (2, 4, 16, 16)
+    row = random_rows(random.Random(3), 1, many=False)[0].numpy().tobytes()
+    make = Maker(1, shape, ["contiguous"], [dtype])
+    x, cond = make(), make()
+    results = []
+    for target in (CPU, CUDA):
+        y = x.clone()
+        native.step(shape, y, cond, None, None, None, (), (), (y,), row, None, None, 1.0, None, 3,
+                    0, 0, (2,), *target)  # fmt: skip
+        results.append(bits(y))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("layouts", "dtypes"), LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1100000)], ids=str)
+def test_reparameterize(native, shape, layouts, dtypes):
+    if shape[1] > 5000 and dtypes != [BFLOAT16, FLOAT32]:
+        pytest.skip("one layout is enough for the tree's second level")
+    batch = shape[0]
+    chunks = -(-torch.Size(shape[1:]).numel() // 1024)
+    for seed in range(1 if shape[1] > 5000 else 4):
+        make = Maker(seed, shape, layouts, dtypes, special=seed > 0)
+        mean, logvar, noise = make(), make(), make.maybe(0.4)
+        clamp = make.choose.choice([(-INFINITY, INFINITY), (-1.0, 0.75)])
+        key = None if noise is not None else 11
+        out, with_kl = make(writable=True), seed % 2 == 0
+        results = []
+        for target in (CPU, CUDA):
+            y = out.clone(memory_format=torch.preserve_format)
+            kl, partials = torch.full((batch,), 9.0), torch.empty(batch * chunks)
+            if seed % 4 != 0:
+                partials.fill_(float("nan"))
+            native.reparameterize(shape, mean, logvar, noise, None if seed == 2 else y,
+                                  kl if with_kl else None, partials if with_kl else None, clamp,
+                                  None if seed == 2 else key, 4, 9, 3, *target)  # fmt: skip
+            results.append((bits(y), bits(kl)))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+        grad_out, grad_kl = make.maybe(), torch.randn(batch) if seed % 2 else None
+        gives_noise = noise is not None and grad_out is not None
+        grads = [make(writable=True) for _ in range(3)]
+        results = []
+        for target in (CPU, CUDA):
+            g = [v.clone(memory_format=torch.preserve_format) for v in grads]
+            native.reparameterize_backward(
+                *(shape, mean, logvar, noise, grad_out, grad_kl, g[0], g[1]),
+                *(g[2] if gives_noise else None, clamp, key, 4, 9, 3, *target),
+            )
+            results.append([bits(v) for v in g])
+        for on_cpu, on_cuda in zip(*results, strict=True):
+            assert torch.equal(on_cpu, on_cuda)
+
+
+@pytest.mark.parametrize(("layouts", "dtypes"), LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1100000)], ids=str)
+def test_rescale(native, shape, layouts, dtypes):
+    if shape[1] > 5000 and dtypes != [FLOAT32]:
+        pytest.skip("one layout is enough for the tree's second level")
+    batch = shape[0]
+    chunks = -(-torch.Size(shape[1:]).numel() // 1024)
+    for guidance in (1.0, 7.5, (torch.linspace(1, 5, batch), 1)):
+        make = Maker(2, shape, layouts, dtypes, special=False)
+        cond, uncond = make(), make()
+        results = []
+        for target in (CPU, CUDA):
+            scale = torch.empty(batch)
+            partials = torch.empty(batch * 5 * chunks)
+            native.rescale(shape, cond, uncond, guidance, 0.7, partials, scale, *target)
+            results.append(bits(scale))
+        assert torch.equal(*results)
