@@ -76,6 +76,18 @@ class Layer:
         error = (self.ours(self.x, self.weight) - exact).abs().max()
         assert error <= 2 * budget, f"error {error:.3g}, PyTorch's own {budget:.3g}"
 
+    def variants(self) -> dict[str, Callable[[], object]]:
+        """Each way, contiguous and channels_last."""
+        x, weight = self.x, self.weight
+        last = x.to(memory_format=torch.channels_last)
+        weight_last = weight.to(memory_format=torch.channels_last)
+        return {
+            "torch": lambda: self.eager(x, weight),
+            "torch cl": lambda: self.eager(last, weight_last),
+            "ours": lambda: self.ours(x, weight),
+            "ours cl": lambda: self.ours(last, weight_last),
+        }
+
 
 def interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each, the variants turn about."""
@@ -104,18 +116,7 @@ def main() -> None:
         for case in DCGAN:
             layer = Layer(case, batch, getattr(torch, args.dtype))
             layer.check()
-            x, weight = layer.x, layer.weight
-            last = x.to(memory_format=torch.channels_last)
-            weight_last = weight.to(memory_format=torch.channels_last)
-            ms = interleaved(
-                {
-                    "torch": lambda: layer.eager(x, weight),
-                    "torch cl": lambda: layer.eager(last, weight_last),
-                    "ours": lambda: layer.ours(x, weight),
-                    "ours cl": lambda: layer.ours(last, weight_last),
-                },
-                args.repeats,
-            )
+            ms = interleaved(layer.variants(), args.repeats)
             name = f"{case[0]}x{case[2]}x{case[2]} -> {case[1]}"
             best = min(ms["torch"], ms["torch cl"]) / min(ms["ours"], ms["ours cl"])
             print(f"{batch:5} {name:>17} " + " ".join(f"{ms[k]:8.3f}" for k in ms)

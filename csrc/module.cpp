@@ -240,9 +240,8 @@ class Ordinary {
 
    private:
     bool see(PyObject* tensor, View& view) const {
-        if (!is_ordinary(tensor, grad_)) return false;
-        look_at(tensor, view);
-        return view.on_cpu && view.dtype >= 0;
+        return is_ordinary(tensor, grad_) && try_look_at(tensor, view) && view.on_cpu &&
+               view.dtype >= 0;
     }
 
     static constexpr int kRoom = 16;
@@ -386,15 +385,15 @@ Epilogue read_epilogue(py::handle bias, py::handle scale, py::handle shift, int 
             Activation(activation), float(negative_slope)};
 }
 
-// weight: dense (depth, rows); input: (depth, columns) by its stride; out: dense (rows, columns).
-void conv_transpose_product(py::handle weight, py::handle input, int64_t input_stride,
-                            py::handle out, int64_t depth, int64_t rows, int64_t columns,
-                            int threads) {
-    ProductParams p{address_of<float>(weight), address_of<float>(input),
-                    static_cast<float*>(address(out)), rows, columns, depth, input_stride};
+// Dense: weight (depth, rows), input (batch, depth, columns), out (batch, rows, columns).
+void conv_transpose_product(py::handle weight, py::handle input, py::handle out, int64_t batch,
+                            int64_t depth, int64_t rows, int64_t columns, int threads) {
     if (columns != 1 && columns % 16 != 0) throw py::value_error("columns: one, or a multiple of 16");
+    const ProductParams p{address_of<float>(weight), address_of<float>(input),
+                          static_cast<float*>(address(out)), batch, depth, rows, columns};
+    const int64_t products = batch * depth * rows * columns;
     py::gil_scoped_release release;
-    cpu_kernels().conv_transpose_product(p, depth * rows * columns < 4 * kPlainGrain ? 1 : threads);
+    cpu_kernels().conv_transpose_product(p, products < 4 * kPlainGrain ? 1 : threads);
 }
 
 // columns: (batch, channels, taps, inputs) by `strides` of the first three; out: (B, C, [D, [H,]] W).
@@ -481,6 +480,10 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("parallel_runtime", &parallel_runtime);
 #if defined(FASTGEN_CUDA)
     m.attr("cuda_architectures") = FASTGEN_CUDA;
+    m.def("cuda_refusal", [] {  // why the current device cannot run the kernels, or ""
+        const int error = cuda::probe();
+        return error ? cuda::error_string(error) : "";
+    });
 #else
     m.attr("cuda_architectures") = "";
 #endif

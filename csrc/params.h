@@ -122,12 +122,11 @@ struct Epilogue {
     float negative_slope;
 };
 
-// out[r, n] = sum over k of weight[k, r] input[k, n]; `out` and `weight` dense.
+// out[b, r, n] = sum over k of weight[k, r] input[b, k, n], all dense.
 struct ProductParams {
-    const float *weight, *input;  // (depth, rows), (depth, columns)
-    float* out;                   // (rows, columns)
-    int64_t rows, columns, depth; // columns: one, or a multiple of 16
-    int64_t input_stride;         // of k
+    const float *weight, *input;  // (depth, rows), (batch, depth, columns)
+    float* out;                   // (batch, rows, columns)
+    int64_t batch, depth, rows, columns;  // columns: one, or a multiple of 16
 };
 
 // out[b, c, o] = epilogue of the sum of columns[b, c, k, i] over all o = i stride - padding

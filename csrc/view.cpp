@@ -116,6 +116,15 @@ void look_at(PyObject* tensor, View& view) {
     if (seen.dtype.code == kDlBfloat && seen.dtype.bits == 16) view.dtype = kBFloat16;
 }
 
+bool try_look_at(PyObject* tensor, View& view) {
+    try {
+        look_at(tensor, view);
+        return true;
+    } catch (const py::error_already_set&) {
+        return false;
+    }
+}
+
 bool is_ordinary(PyObject* tensor, bool grad) {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
     if (type != tensor_types[0] && type != tensor_types[1]) return false;

@@ -52,6 +52,9 @@ void set_torch(py::tuple dtypes, py::tuple types, py::object empty_like, py::obj
 // Fills `view`; throws the Python error of a tensor that has no memory to show.
 void look_at(PyObject* tensor, View& view);
 
+// The same, but false for such a tensor.
+bool try_look_at(PyObject* tensor, View& view);
+
 // Whether a tensor is all that its memory shows: exactly torch.Tensor or Parameter, no negative or
 // zero flag, and no gradient wanted while gradients are being recorded.
 bool is_ordinary(PyObject* tensor, bool grad);

@@ -85,6 +85,7 @@ def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
     if backend is not None:
         if backend not in BACKENDS:

@@ -67,6 +67,10 @@ class Row:
     log-variance. model_time: what the network is told. input_scale: c_in, what x is multiplied by
     before the network sees it.
 
+    Derived: floats, the row as the kernels read it, (72,) float32 laid out as csrc/params.h StepRow,
+    and packed, its bytes; noises, how many normals an element takes (0: deterministic); reads, the
+    inputs whose weight is not zero, with what the denoised sample is made from.
+
     Raises ValueError for a number that is not finite (clip excepted) and for too many outputs.
     """
 
@@ -90,13 +94,20 @@ class Row:
         with np.errstate(over="ignore"):
             if not np.isfinite(np.array(numbers, dtype=np.float32)).all():
                 raise ValueError("row: a coefficient is NaN, infinite or beyond float32")
+        used = [m + 1 for o in self.outputs for m, s in enumerate(o.noise) if s != 0]
+        reads = {n for o in self.outputs for n, w in o.weights.items() if w != 0}
+        if "denoised" in reads:
+            reads |= {n for n, a in zip(("x", "e"), self.denoised, strict=True) if a != 0}
+        floats = self._pack()
+        object.__setattr__(self, "floats", floats)
+        object.__setattr__(self, "packed", floats.tobytes())
+        object.__setattr__(self, "noises", max(used, default=0))
+        object.__setattr__(self, "reads", frozenset(reads))
 
     def __reduce__(self):  # without the cached arrays, which would come back writeable
         return Row, tuple(getattr(self, f.name) for f in fields(self))
 
-    @functools.cached_property
-    def floats(self) -> np.ndarray:
-        """The row as the kernels read it: (72,) float32, laid out as csrc/params.h StepRow."""
+    def _pack(self) -> np.ndarray:
         row = np.zeros(ROW_FLOATS, dtype=np.float32)
         row[0:2] = self.denoised
         row[2:4] = self.clip or (-math.inf, math.inf)
@@ -108,24 +119,6 @@ class Row:
             row[start : start + len(output.noise)] = output.noise
         row.flags.writeable = False
         return row
-
-    @functools.cached_property
-    def packed(self) -> bytes:
-        return self.floats.tobytes()
-
-    @functools.cached_property
-    def noises(self) -> int:
-        """How many normals an element takes: 0 where the row is deterministic."""
-        used = [m + 1 for o in self.outputs for m, s in enumerate(o.noise) if s != 0]
-        return max(used, default=0)
-
-    @functools.cached_property
-    def reads(self) -> frozenset[str]:
-        """The inputs whose weight is not zero, with what the denoised sample is made from."""
-        names = {n for o in self.outputs for n, w in o.weights.items() if w != 0}
-        if "denoised" in names:
-            names |= {n for n, a in zip(("x", "e"), self.denoised, strict=True) if a != 0}
-        return frozenset(names)
 
 
 @dataclass(frozen=True)

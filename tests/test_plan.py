@@ -90,7 +90,7 @@ def test_history_is_read_only_after_it_was_written():
     read = Row((Output({"x": 1.0, "h2": 0.5}),))
     unread = Row((Output({"x": 1.0, "h2": 0.0}),))  # a zero weight reads nothing
     for rows in [(read,), (NEXT, read), (unread, read), (read, write)]:
-        with pytest.raises(ValueError, match="h2.*before it is written"):
+        with pytest.raises(ValueError, match=r"h2.*before it is written"):
             Plan(rows)
     both = Row((Output({"h2": 1.0}), Output({"x": 1.0}, target=2)))
     with pytest.raises(ValueError, match=r"rows\[0\]"):
@@ -158,7 +158,7 @@ def test_plans_are_equal_by_their_numbers():
     assert plans() == plans()
     assert len(set(plans().values()) | set(plans().values())) == 3
     assert hash(Output({"x": 1.0, "e": 2.0})) == hash(Output({"e": 2.0, "x": 1.0}))
-    assert NEXT != dataclasses.replace(NEXT, model_time=1.0)
+    assert dataclasses.replace(NEXT, model_time=1.0) != NEXT
 
 
 # ---- as the kernels read it ----------------------------------------------------------------------

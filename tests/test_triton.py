@@ -10,8 +10,10 @@ import sys
 
 import pytest
 import torch
+from shared import assert_same_bits
 
 from fastgen import _native
+from fastgen.bench.static_checks import inexact
 
 pytest.importorskip("triton")
 from fastgen.kernels import reparameterize, step, tile
@@ -25,13 +27,6 @@ pytestmark = [
 ]
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def assert_same_bits(ours: torch.Tensor, native: torch.Tensor, what: str = "") -> None:
-    as_int = torch.int32 if native.dtype == FLOAT32 else torch.int16
-    same = ours.contiguous().view(as_int) == native.contiguous().view(as_int)
-    same |= ours.isnan() & native.isnan()
-    assert same.all(), f"{what}: {int((~same).sum())} of {same.numel()} differ"
 
 
 class Maker:
@@ -92,9 +87,9 @@ def both_steps(make_out, shape, *, x=None, cond=None, uncond=None, known=None, l
             row_pointer, guidance, output_scale, seed, sample_ids, noise_step, streams,
             *tail)  # fmt: skip
         results.append(out)
-    for j, (ours, native) in enumerate(zip(*results, strict=True)):
+    for ours, native in zip(*results, strict=True):
         if ours is not None:
-            assert_same_bits(ours, native, f"output {j}")
+            assert_same_bits(ours, native)
 
 
 SHAPES = [(1, 1), (2, 3, 5, 7), (3, 1024), (2, 3, 700)]
@@ -246,7 +241,7 @@ def both(function, name, *arguments, outputs):
         results.append(made)
     for key, ours in results[0].items():
         if not key.startswith("partials"):
-            assert_same_bits(ours, results[1][key], key)
+            assert_same_bits(ours, results[1][key])
 
 
 def chunks_of(shape):
@@ -350,10 +345,6 @@ def test_layouts_are_described_by_the_fewest_dims():
         layout(torch.empty([3] * 10)[(slice(0, 2),) * 10])
 
 
-# PTX in which a result would depend on more than the written operation.
-INEXACT = re.compile(
-    r"\bfma\.|\.approx|\.ftz|\.full|\bex2\.|\blg2\.|\b(?:sin|cos|tanh)\.|\b(?:min|max)\.f"
-)
 COMPILE = """
 import sys
 from fastgen.kernels import aot
@@ -379,8 +370,11 @@ def test_kernels_compiled_ahead_of_time_hold_exact_instructions_alone():
         assert worker.returncode == 0
     assert len(kernels) == 3 * len({title.split(" ", 1)[1] for title in kernels}) > 0
     for title, ptx in kernels.items():
-        assert not INEXACT.search(ptx), f"{title}: {INEXACT.search(ptx)}"
+        if "conv_transpose" in title:  # a matrix product: no promise of bits
+            continue
+        assert not inexact(ptx), title
         assert ".local" not in ptx, title
         if "ddpm" in title or "reparameterize" in title:
             for access in ("ld", "st"):
-                assert re.search(rf"\b{access}\.global\S*\.v(4\.b32|2\.b64)", ptx), (title, access)
+                wide = rf"\b{access}\.global\S*\.v(4\.b32|2\.b64)"
+                assert re.search(wide, ptx), f"{title}: {access}"

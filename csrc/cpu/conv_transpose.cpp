@@ -17,13 +17,20 @@ template <typename Body>
 FASTGEN_INLINE void with_activation(const Epilogue& e, const Body& body) {
     const float slope = e.negative_slope;
     switch (e.activation) {
-        case kIdentity: return body([](float x) { return x; });
-        case kRelu: return body([](float x) { return x < 0.0f ? 0.0f : x; });
-        case kLeakyRelu: return body([=](float x) { return x < 0.0f ? x * slope : x; });
-        case kTanh: return body([](float x) { return tanh_any(x); });
-        case kSigmoid: return body([](float x) { return sigmoid(x); });
-        case kSilu: return body([](float x) { return silu(x); });
-        case kGelu: return body([](float x) { return gelu(x); });
+        case kIdentity:
+            return body([](float x) { return x; });
+        case kRelu:
+            return body([](float x) { return x < 0.0f ? 0.0f : x; });
+        case kLeakyRelu:
+            return body([=](float x) { return x < 0.0f ? x * slope : x; });
+        case kTanh:
+            return body([](float x) { return tanh_any(x); });
+        case kSigmoid:
+            return body([](float x) { return sigmoid(x); });
+        case kSilu:
+            return body([](float x) { return silu(x); });
+        case kGelu:
+            return body([](float x) { return gelu(x); });
     }
 }
 
@@ -122,8 +129,8 @@ void fold_piece(const FoldParams& p, const Piece& piece) {
     for (int64_t c = 0; c < piece.channels; ++c)
         for (int64_t part = 0; part < piece.phases; ++part)
             for (int64_t i = 0; i < piece.count; ++i) rows[c][part][i] = 0.0f;
-    const float* columns = p.columns + piece.sample * p.sample_stride +
-                           piece.channel * p.channel_stride;
+    const float* columns =
+        p.columns + piece.sample * p.sample_stride + piece.channel * p.channel_stride;
     for (int64_t kd = 0; kd < p.kernel[0]; ++kd) {
         const int64_t d = source(p, 0, piece.d, kd);
         if (d < 0) continue;

@@ -5,8 +5,13 @@
 
 namespace fastgen::FASTGEN_ISA {
 
-const CpuKernels kernels = {FASTGEN_STRING(FASTGEN_ISA), step, reparameterize,
-                            reparameterize_backward, rescale,
-                            conv_transpose_product, conv_transpose_fold, channel_epilogue};
+const CpuKernels kernels = {FASTGEN_STRING(FASTGEN_ISA),
+                            step,
+                            reparameterize,
+                            reparameterize_backward,
+                            rescale,
+                            conv_transpose_product,
+                            conv_transpose_fold,
+                            channel_epilogue};
 
 }  // namespace fastgen::FASTGEN_ISA

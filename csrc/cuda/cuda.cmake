@@ -6,13 +6,20 @@ if(NOT FASTGEN_CUDA)
   return()
 endif()
 
-set(chosen_architectures "${CMAKE_CUDA_ARCHITECTURES}$ENV{CUDAARCHS}")
 include(CheckLanguage)
 check_language(CUDA)  # compiles a program: a broken nvcc or a host compiler it refuses shows here
 if(NOT CMAKE_CUDA_COMPILER)
   message(STATUS "fastgen: without CUDA (no nvcc that works with this C++ compiler; see "
                  "CMakeFiles/CMakeError.log or CMakeConfigureLog.yaml, or set CUDACXX, CUDAHOSTCXX)")
   return()
+endif()
+# Before CMake would choose, and remember, the compiler's own default.
+if(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-code OUTPUT_VARIABLE known_codes)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+  if(known_codes MATCHES "sm_100")
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100)
+  endif()
 endif()
 enable_language(CUDA)
 find_package(CUDAToolkit)
@@ -22,24 +29,14 @@ if(NOT TARGET CUDA::cudart_static OR CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12
   return()
 endif()
 
-set(architectures "${CMAKE_CUDA_ARCHITECTURES}")
-if(NOT chosen_architectures)
-  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
-    set(architectures 80-real 90)
-  else()
-    set(architectures 80-real 90-real 100)
-  endif()
-endif()
-
 add_library(cuda_kernels OBJECT csrc/cuda/step.cu csrc/cuda/reparameterize.cu
                                 csrc/cuda/guidance.cu)
 set_target_properties(cuda_kernels PROPERTIES
   CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF CUDA_VISIBILITY_PRESET hidden
-  CUDA_ARCHITECTURES "${architectures}" CUDA_RUNTIME_LIBRARY Static)
+  CUDA_RUNTIME_LIBRARY Static)
 # The bits that every backend promises; --use_fast_math must never join them.
 target_compile_options(cuda_kernels PRIVATE
   -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false --threads=2)
-list(JOIN architectures "," architectures)
-set(cuda_architectures "${architectures}")
+list(JOIN CMAKE_CUDA_ARCHITECTURES "," cuda_architectures)
 message(STATUS "fastgen: CUDA kernels for ${cuda_architectures} by nvcc "
                "${CMAKE_CUDA_COMPILER_VERSION}")

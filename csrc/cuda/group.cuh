@@ -122,8 +122,8 @@ class Group {
             *reinterpret_cast<float4*>(to) = {v[0], v[1], v[2], v[3]};
         } else {
             const uint2 words = tensor.dtype == kBFloat16
-                                    ? uint2{pack<bfloat16>(v), pack<bfloat16>(v + 2)}
-                                    : uint2{pack<float16>(v), pack<float16>(v + 2)};
+                                    ? uint2{pack_bfloat16(v), pack_bfloat16(v + 2)}
+                                    : uint2{pack_float16(v), pack_float16(v + 2)};
             uint16_t* to = static_cast<uint16_t*>(tensor.data) + offset(tensor);
             if (quad == 0)
                 packed = words;
@@ -179,6 +179,25 @@ class Group {
     static __device__ __forceinline__ void widen_pair(float v[2], uint32_t word) {
         v[0] = to_float(Half{uint16_t(word)});
         v[1] = to_float(Half{uint16_t(word >> 16)});
+    }
+
+    // As from_float, but two at once: one instruction.
+    static __device__ __forceinline__ uint32_t pack_bfloat16(const float v[2]) {
+#if defined(__CUDA_ARCH__)
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(v[0], v[1]);
+        return __bfloat16_as_ushort(pair.x) | uint32_t(__bfloat16_as_ushort(pair.y)) << 16;
+#else
+        return pack<bfloat16>(v);
+#endif
+    }
+
+    static __device__ __forceinline__ uint32_t pack_float16(const float v[2]) {
+#if defined(__CUDA_ARCH__)
+        const __half2 pair = __floats2half2_rn(v[0], v[1]);
+        return __half_as_ushort(pair.x) | uint32_t(__half_as_ushort(pair.y)) << 16;
+#else
+        return pack<float16>(v);
+#endif
     }
 
     template <typename Half>

@@ -1,6 +1,6 @@
 // Per-sample factor of guidance rescale: the twin of csrc/cpu/guidance.cpp.
-#include "launch.h"
 #include "launch.cuh"
+#include "launch.h"
 #include "reduce.cuh"
 
 namespace fastgen::cuda {
@@ -26,14 +26,15 @@ __global__ void __launch_bounds__(kLeafThreads<kLayout>)
         uint4 raw_cond, raw_uncond;
 #pragma unroll 1
         for (int quad = 0; quad < Group<kLayout>::kQuads; ++quad) {
-            const bool mine = kLayout == Layout::kStrided || group.has();
-            float c[4] = {}, u[4] = {};
-            if (mine) {
+            float c[4], u[4];
+            for (int i = 0; i < 4; ++i) c[i] = u[i] = 0.0f;
+            if (kLayout == Layout::kStrided || group.has()) {
                 group.load(raw_cond, p.cond, quad);
                 group.load(raw_uncond, p.uncond, quad);
                 group.widen(c, raw_cond, p.cond, quad);
                 group.widen(u, raw_uncond, p.uncond, quad);
             }
+#pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int at = group.place(quad, i);
                 cond_tile[at] = at < count ? c[i] : 0.0f;
@@ -77,8 +78,7 @@ __device__ __forceinline__ float standard_deviation(const float* sums, const flo
         const float distance = sums[c] / count - mean;
         return count * (distance * distance);
     };
-    const float within =
-        sum_tree(chunks, [=](int64_t c) { return centred[c]; }, scratch, tile);
+    const float within = sum_tree(chunks, [=](int64_t c) { return centred[c]; }, scratch, tile);
     const float total = within + sum_tree(chunks, between, scratch, tile);
     return sqrtf(total / float(elements - 1));
 }
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kTreeThreads)
     for (int64_t sample = blockIdx.x; sample < p.shape.batch; sample += gridDim.x) {
         float* partials = p.partials + sample * 5 * chunks;
         float* scratch = partials + 4 * chunks;
-        const float of_cond = standard_deviation(partials, partials + chunks, chunks, elements,
-                                                 scratch, values);
+        const float of_cond =
+            standard_deviation(partials, partials + chunks, chunks, elements, scratch, values);
         const float of_guided = standard_deviation(partials + 2 * chunks, partials + 3 * chunks,
                                                    chunks, elements, scratch, values);
         if (threadIdx.x == 0)
@@ -112,8 +112,7 @@ int rescale(const RescaleParams& p, void* stream) {
     const int64_t chunks = (p.shape.elements + kChunk - 1) / kChunk;
     const int error = with_layout(layout, [&](auto layout_tag) {
         return launch(moments_kernel<decltype(layout_tag)::value>,
-                      grid_size(p.shape, layout, block), dim3(block), stream, p,
-                      walk_of(p.shape));
+                      grid_size(p.shape, layout, block), dim3(block), stream, p, walk_of(p.shape));
     });
     if (error) return error;
     return launch(rescale_kernel, rows_of(p.shape), dim3(kTreeThreads), stream, p, chunks);

@@ -103,9 +103,12 @@ struct BoolTag {
 template <typename Body>
 int with_layout(Layout layout, const Body& body) {
     switch (layout) {
-        case Layout::kFloat32: return body(LayoutTag<Layout::kFloat32>{});
-        case Layout::kMixed: return body(LayoutTag<Layout::kMixed>{});
-        default: return body(LayoutTag<Layout::kStrided>{});
+        case Layout::kFloat32:
+            return body(LayoutTag<Layout::kFloat32>{});
+        case Layout::kMixed:
+            return body(LayoutTag<Layout::kMixed>{});
+        default:
+            return body(LayoutTag<Layout::kStrided>{});
     }
 }
 

@@ -1,4 +1,5 @@
-// Entry points of the CUDA kernels: each runs on `stream` (a cudaStream_t) and returns a cudaError_t.
+// Entry points of the CUDA kernels: each runs on `stream` (a cudaStream_t) and returns a
+// cudaError_t.
 #pragma once
 
 #include "../params.h"

@@ -1,10 +1,9 @@
 // Standard normals of a thread's quad: one Philox block for four logical neighbours.
 #pragma once
 
-#include "group.cuh"
-
 #include "../math/normal.h"
 #include "../math/philox.h"
+#include "group.cuh"
 
 namespace fastgen::cuda {
 

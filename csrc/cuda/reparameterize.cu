@@ -1,7 +1,7 @@
 // z = mean + exp(logvar / 2) eps, with the KL divergence from the same pass, and the gradients of
 // both with eps drawn again: the twin of csrc/cpu/reparameterize.cpp.
-#include "launch.h"
 #include "launch.cuh"
+#include "launch.h"
 #include "noise.cuh"
 #include "reduce.cuh"
 
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kTreeThreads)
 }
 
 template <Layout kLayout, bool kDraws>
-__global__ void __launch_bounds__(kLeafThreads<kLayout>)
+__global__ void __launch_bounds__(kLeafThreads<kLayout>, 768 / kLeafThreads<kLayout>)
     backward_kernel(const __grid_constant__ ReparameterizeParams p,
                     const __grid_constant__ Walk walk) {
     constexpr bool kStrided = kLayout == Layout::kStrided;
@@ -139,8 +139,7 @@ __global__ void __launch_bounds__(kLeafThreads<kLayout>)
                 if (p.grad_kl)
                     for (int i = 0; i < 4; ++i)
                         y[i] = y[i] + (0.5f * grad_kl) * (s[i] * s[i] - 1.0f);
-                for (int i = 0; i < 4; ++i)
-                    y[i] = deviation.clamped[i] == logvar[i] ? y[i] : 0.0f;
+                for (int i = 0; i < 4; ++i) y[i] = deviation.clamped[i] == logvar[i] ? y[i] : 0.0f;
                 group.store(p.grad_logvar, quad, y, packed_logvar);
             }
             if (p.grad_noise.data) {
@@ -173,14 +172,15 @@ int reparameterize(const ReparameterizeParams& p, void* stream) {
     const int64_t chunks = (p.shape.elements + kChunk - 1) / kChunk;
     if (chunks > 0) {
         const Layout layout = layout_of(p);
-        const unsigned block = block_size(p.shape, layout, int(kChunk / elements_per_thread(layout)));
+        const unsigned block =
+            block_size(p.shape, layout, int(kChunk / elements_per_thread(layout)));
         const dim3 grid = grid_size(p.shape, layout, block);
         const bool draws = p.out.data && !p.given_noise.data;
         const int error = with_layout(layout, [&](auto layout_tag) {
             return with_bool(draws, [&](auto draws_tag) {
-                return launch(reparameterize_kernel<decltype(layout_tag)::value,
-                                                    decltype(draws_tag)::value>,
-                              grid, dim3(block), stream, p, walk_of(p.shape));
+                return launch(
+                    reparameterize_kernel<decltype(layout_tag)::value, decltype(draws_tag)::value>,
+                    grid, dim3(block), stream, p, walk_of(p.shape));
             });
         });
         if (error) return error;
@@ -197,9 +197,8 @@ int reparameterize_backward(const ReparameterizeParams& p, void* stream) {
     const bool draws = p.grad_out.data && p.grad_logvar.data && !p.given_noise.data;
     return with_layout(layout, [&](auto layout_tag) {
         return with_bool(draws, [&](auto draws_tag) {
-            return launch(
-                backward_kernel<decltype(layout_tag)::value, decltype(draws_tag)::value>, grid,
-                dim3(block), stream, p, walk_of(p.shape));
+            return launch(backward_kernel<decltype(layout_tag)::value, decltype(draws_tag)::value>,
+                          grid, dim3(block), stream, p, walk_of(p.shape));
         });
     });
 }

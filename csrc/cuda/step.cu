@@ -1,7 +1,7 @@
 // The step kernel: all operands of a thread's quad first, then the sums in the order of
 // csrc/cpu/step.cpp. A term with a zero weight is a uniform branch around its load and multiply.
-#include "launch.h"
 #include "launch.cuh"
+#include "launch.h"
 #include "noise.cuh"
 
 namespace fastgen::cuda {
@@ -48,8 +48,7 @@ __host__ __device__ __forceinline__ uint32_t needed(const StepRow& row, const Te
 __device__ __forceinline__ void fetch_row(const StepParams& p, uint32_t present, int64_t sample,
                                           StepRow& row, Terms& terms) {
     __syncthreads();  // the last sample's row is no longer read
-    const StepRow* from =
-        p.rows + ((p.row_pointer ? *p.row_pointer : 0) + sample * p.row_stride);
+    const StepRow* from = p.rows + ((p.row_pointer ? *p.row_pointer : 0) + sample * p.row_stride);
     for (int i = threadIdx.x; i < int(sizeof(StepRow) / sizeof(float)); i += blockDim.x)
         reinterpret_cast<float*>(&row)[i] = reinterpret_cast<const float*>(from)[i];
     __syncthreads();
@@ -141,8 +140,7 @@ __device__ __forceinline__ void run(const StepParams& p, const StepRow& row, con
             float v[4];
             group.widen(v, logvar, p.logvar, quad);
             for (int i = 0; i < 4; ++i)
-                z[0][i] =
-                    exp_any(0.5f * (row.logvar_scale * v[i] + row.logvar_offset)) * z[0][i];
+                z[0][i] = exp_any(0.5f * (row.logvar_scale * v[i] + row.logvar_offset)) * z[0][i];
         }
 
 #pragma unroll
@@ -172,7 +170,9 @@ __device__ __forceinline__ void run(const StepParams& p, const StepRow& row, con
 
 // kDraws: a normal is drawn. kMany: more than kFewHistory and so on. kByPointer: `p.rows` is read.
 template <Layout kLayout, bool kDraws, bool kMany, bool kByPointer>
-__global__ void __launch_bounds__(kThreads, kMany ? 3 : 6)
+__global__ void __launch_bounds__(kThreads, kMany                         ? 3
+                                            : kLayout == Layout::kStrided ? 5
+                                                                          : 6)
     step_kernel(const __grid_constant__ StepParams p, const __grid_constant__ Terms terms,
                 const __grid_constant__ Walk walk) {
     __shared__ float4 exchange[kDraws && kLayout == Layout::kStrided ? kThreads : 1];

@@ -47,7 +47,7 @@ def conv_transpose2d(
         ``torch.nn.functional.conv_transpose2d``.
     activation: None, "relu", "leaky_relu" (with ``negative_slope``), "tanh", "sigmoid", "silu" or
         "gelu" (the exact form).
-    out: where to write; (B, C_out, H', W') of the input's dtype, overlapping no input.
+    out: where to write; (B, C_out, H', W') of the input's dtype, overlapping no input partly.
 
     The error against float64 is at most twice that of PyTorch's own operators. Gradients reach
     input, weight, bias, scale and shift, and can be differentiated again. Raises ValueError or
@@ -81,7 +81,8 @@ def _conv_transpose(
     dilation = _sizes("dilation", dilation, dims, 1)
     groups = checks.integer("groups", groups, 1)
     if activation not in ACTIVATIONS:
-        checks.one_of("activation", activation, ACTIVATIONS)
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation: got {activation!r}, expected one of {known}")
     negative_slope = checks.number("negative_slope", negative_slope)
     x = input if batched else input.unsqueeze(0)
     shape = _output_shape(x, weight, stride, padding, output_padding, groups, dilation)
@@ -170,7 +171,8 @@ def _check_channels(name: str, values: Any, channels: int, device: torch.device)
     checks.tensor(name, values)
     if values.shape != (channels,):
         raise ValueError(
-            f"{name}: got shape {tuple(values.shape)}, expected ({channels},), one per output channel"
+            f"{name}: got shape {tuple(values.shape)}, expected ({channels},), one per "
+            "output channel"
         )
     if values.device != device:
         raise ValueError(f"{name}: is on {values.device}, expected {device}")
@@ -268,10 +270,8 @@ def _backward(ctx, grad):
             grad.to(dtype), x, w, None, stride, padding, dilation, True, output_padding, groups,
             [needs_input, needs_weight, False],
         )  # fmt: skip
-    if needs_input:
-        grad_input = grad_input.to(input.dtype)
-    if needs_weight:
-        grad_weight = grad_weight.to(weight.dtype)
+        grad_input = grad_input.to(input.dtype) if needs_input else None
+        grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
     return (grad_input, grad_weight, grad_bias, None, None, None, None, None, grad_scale,
             grad_shift, None, None, None)  # fmt: skip
 

@@ -135,15 +135,15 @@ def _by_columns(
     apart = numbers[3:6] == numbers[6:9] and not any(numbers[12:15]) and numbers[15:] == (1, 1, 1)
     if positions == 1 and apart and rows % 16 == 0 and not last:
         # Nothing overlaps: the product is the output, samples first.
-        room = out if out.dtype is torch.float32 and out.is_contiguous() else out.new_empty(
-            out.shape, dtype=torch.float32)  # fmt: skip
+        dense = out.is_contiguous()
+        direct = dense and out.dtype is torch.float32
+        product = out if direct else out.new_empty(out.shape, dtype=torch.float32)
         x = input.flatten(1).t().float().contiguous()  # (C_in, B)
-        native.conv_transpose_product(x, weight, room, 1, depth, batch, rows, threads)
-        if room is not out and not out.is_contiguous():
-            native.channel_epilogue(room, room, batch, channels, taps, *epilogue)
-            out.copy_(room)
-        else:
-            native.channel_epilogue(room, out, batch, channels, taps, *epilogue)
+        native.conv_transpose_product(x, weight, product, 1, depth, batch, rows, threads)
+        target = out if dense else product
+        native.channel_epilogue(product, target, batch, channels, taps, *epilogue)
+        if not dense:
+            out.copy_(product)
         return
     few = batch * positions <= FEW_POSITIONS
     samples = batch if few else max(1, min(batch, COLUMN_ELEMENTS // (rows * positions)))

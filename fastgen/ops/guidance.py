@@ -39,7 +39,7 @@ def cfg_combine(
 
     Raises ValueError or TypeError for shapes, devices or numbers that do not fit.
     """
-    if backend is None and type(rescale) is float and rescale == 0.0:
+    if backend is None and uncond is not None and cond is not None and rescale == 0.0:
         result = kernel.quick(_ROW, None, cond, uncond, guidance=guidance_scale, out=out)
         if result is not None:
             return result

@@ -147,7 +147,7 @@ def run(
         results = [y.to(dtype) for y, dtype in zip(results, dtypes, strict=True)]
     else:
         results = torch.ops.fastgen.step(
-            *arguments, list(dtypes), list(shape), device, backend
+            *arguments, [checks.DTYPES.index(d) for d in dtypes], list(shape), device, backend
         )
     if out is None:
         return results
@@ -188,7 +188,7 @@ def _allocate(
 
 
 def _row_tensor(row: Row, device: torch.device) -> Tensor:
-    return torch.tensor([row.floats.tolist()], dtype=torch.float32, device=device)
+    return torch.tensor(row.floats, device=device).view(1, -1)
 
 
 def _seed_tensors(
@@ -211,14 +211,16 @@ LIBRARY.define(
     "step(Tensor? x, Tensor? cond, Tensor? uncond, Tensor? known, Tensor? logvar, "
     "Tensor[] history, Tensor[] noise, Tensor rows, Tensor? row_index, Tensor guidance, "
     "Tensor? output_scale, Tensor? seeds, Tensor? sample_ids, SymInt step, int[] streams, "
-    "ScalarType[] dtypes, SymInt[] shape, Device device, str backend) -> Tensor[]"
+    "int[] dtypes, SymInt[] shape, Device device, str backend) -> Tensor[]"
 )
 
 
 def _step_kernel(x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance,
                  output_scale, seeds, sample_ids, step, streams, dtypes, shape, device,
                  backend):  # fmt: skip
-    out = _allocate(shape, dtypes, device, x if x is not None else cond)
+    out = _step_fake(x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance,
+                     output_scale, seeds, sample_ids, step, streams, dtypes, shape, device,
+                     backend)  # fmt: skip
     contiguous = [None if t is None else t.contiguous() for t in (output_scale, seeds, sample_ids)]
     output_scale, seeds, sample_ids = contiguous
     launch(backend, shape, rows.contiguous(), x, cond, uncond, known, logvar, tuple(history),
@@ -231,7 +233,8 @@ def _step_kernel(x, cond, uncond, known, logvar, history, noise, rows, row_index
 def _step_fake(x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance,
                output_scale, seeds, sample_ids, step, streams, dtypes, shape, device,
                backend):  # fmt: skip
-    return _allocate(shape, dtypes, device, x if x is not None else cond)
+    kinds = [checks.DTYPES[code] for code in dtypes]
+    return _allocate(shape, kinds, device, x if x is not None else cond)
 
 
 def _drawn(noise: list[Tensor], rows: Tensor, row_index, seeds, sample_ids, step, streams,
@@ -242,7 +245,7 @@ def _drawn(noise: list[Tensor], rows: Tensor, row_index, seeds, sample_ids, step
     if row_index is not None:
         step = row_index.view(()) + step
     used = MAX_NOISES
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+    if rows.device.type == "cpu" and is_eager():  # elsewhere, looking would synchronise
         scales = rows.detach()[:, -MAX_OUTPUTS * MAX_NOISES :].view(-1, MAX_OUTPUTS, MAX_NOISES)
         columns = (scales != 0).any(0).any(0)
         used = int((columns * torch.arange(1, MAX_NOISES + 1)).max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -59,11 +60,14 @@ def randn(
     Returns a tensor of ``shape``: Box-Muller on Philox4x32-10, |z| <= 6.764; the same bits on every
     backend. Raises TypeError or ValueError for what does not fit the above.
     """
+    if out is not None:
+        checks.tensor("out", out)
     if dtype is None and device is None and backend is None and sample_ids is None:
         if type(stream) is int and 0 <= stream < 256 and kernel.is_quick(seed, step):
             given = out
             if out is None and type(shape) in (tuple, torch.Size) and len(shape) > 0:
-                given = torch.empty(shape, dtype=torch.float32)
+                with contextlib.suppress(RuntimeError, TypeError):  # the checks below say why
+                    given = torch.empty(shape, dtype=torch.float32)
             if given is not None and tuple(shape) == given.shape:
                 result = kernel.quick(_ROW, seed=seed, step=step, streams=(stream,), out=given)
                 if result is not None:

@@ -43,7 +43,28 @@ def guide(cond: Tensor, uncond: Tensor | None, guidance: Tensor) -> Tensor:
     if uncond is None:
         return cond
     g = per_sample(guidance, cond)
+    if g.requires_grad:
+        return _Guide.apply(cond, uncond, g.expand_as(cond))
     return torch.where(g == 1, cond, uncond + g * (cond - uncond))
+
+
+class _Guide(torch.autograd.Function):
+    """The same with the derivative by g, which the choice at g = 1 would hide."""
+
+    @staticmethod
+    def forward(ctx, cond: Tensor, uncond: Tensor, g: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cond, uncond, g)
+        return torch.where(g == 1, cond, uncond + g * (cond - uncond))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        cond, uncond, g = ctx.saved_tensors
+        one = g == 1
+        return (
+            torch.where(one, grad, g * grad),
+            torch.where(one, 0.0, (1.0 - g) * grad),
+            grad * (cond - uncond),
+        )
 
 
 def clip(value: Tensor, low: Tensor, high: Tensor) -> Tensor:

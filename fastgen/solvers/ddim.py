@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 
+from torch.compiler import assume_constant_result
+
 from .. import checks
 from ..plan import Output, Plan, Row
 from ..schedules import NoiseSchedule
@@ -13,6 +15,7 @@ from .prediction import denoised, epsilon, folded
 
 
 @functools.lru_cache(4096)
+@assume_constant_result
 def ddim_row(
     alpha_bar: float,
     alpha_bar_prev: float,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 
+from torch.compiler import assume_constant_result
+
 from .. import checks
 from ..plan import Output, Plan, Row
 from ..schedules import NoiseSchedule
@@ -15,6 +17,7 @@ Clip = float | tuple[float, float] | None
 
 
 @functools.lru_cache(4096)
+@assume_constant_result
 def ddpm_row(
     alpha_bar: float,
     alpha_bar_prev: float,

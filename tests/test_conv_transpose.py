@@ -1,0 +1,443 @@
+"""conv_transpose*d: the error is at most twice PyTorch's own, whatever the configuration."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from shared import HAS_TRITON, ISAS, assert_same_bits
+from torch import Tensor
+
+import fastgen
+from fastgen import backends
+from fastgen.reference import conv_transpose as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = (None, "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu")
+LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+CONV = {n: getattr(fastgen, f"conv_transpose{n}d") for n in (1, 2, 3)}
+TORCH = {n: getattr(F, f"conv_transpose{n}d") for n in (1, 2, 3)}
+
+
+@dataclass
+class Case:
+    """One call: the operands, and the rest of the arguments."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    geometry: dict = field(default_factory=dict)  # stride, padding, ...
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    activation: str | None = None
+
+    @property
+    def dims(self) -> int:
+        return self.weight.ndim - 2
+
+    def run(self, **more) -> Tensor:
+        return CONV[self.dims](
+            self.input, self.weight, self.bias, **self.geometry, scale=self.scale,
+            shift=self.shift, activation=self.activation, **more,
+        )  # fmt: skip
+
+    def eager(self, dtype: torch.dtype) -> Tensor:
+        """PyTorch's operators one after the other, in one dtype."""
+
+        def cast(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(dtype)
+
+        y = TORCH[self.dims](cast(self.input), cast(self.weight), cast(self.bias), **self.geometry)
+        over = (-1, *[1] * self.dims)
+        if self.scale is not None:
+            y = y * self.scale.to(dtype).view(over)
+        if self.shift is not None:
+            y = y + self.shift.to(dtype).view(over)
+        return reference.ACTIVATIONS[self.activation](y, 0.2)
+
+    def check(self, **more) -> Tensor:
+        result, exact = self.run(**more), self.eager(torch.float64)
+        assert result.shape == exact.shape
+        assert result.dtype == self.input.dtype
+        if result.numel():
+            # One unit in the last place of the largest: PyTorch may be right by chance.
+            unit = torch.finfo(result.dtype).eps * exact.abs().max()
+            budget = 2 * (self.eager(result.dtype) - exact).abs().max() + unit
+            assert (result - exact).abs().max() <= budget
+        return result
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer(*shape, dtype=torch.float32, k=4, activation="relu", **geometry) -> Case:
+    """batch, C_in, C_out, spatial sizes."""
+    batch, inputs, outputs, *sizes = shape
+    groups = geometry.get("groups", 1)
+    x = normal(batch, inputs, *sizes).to(dtype)
+    weight = normal(inputs, outputs // groups, *[k] * len(sizes), seed=1) * inputs**-0.5
+    vectors = [normal(outputs, seed=s) for s in (2, 3, 4)]
+    return Case(x, weight.to(dtype), vectors[0].to(dtype), geometry, *vectors[1:], activation)
+
+
+LAYOUTS = ("contiguous", "channels_last", "permuted", "expanded", "offset")
+
+
+def laid_out(value: Tensor, layout: str) -> Tensor:
+    """The same values in another arrangement of memory (but for `expanded`, which repeats one)."""
+    if layout == "channels_last" and value.ndim > 3:
+        return value.to(memory_format=LAST[value.ndim - 2])
+    if layout == "permuted":
+        return value.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "expanded" and value.shape[0]:
+        return value[:1].expand(value.shape)
+    if layout == "offset":
+        return torch.cat([value, value], -1)[..., 1::2][..., : value.shape[-1]]
+    return value
+
+
+@st.composite
+def cases(draw, most_channels: int = 20, most_size: int = 6):
+    dims = draw(st.integers(1, 3))
+
+    def sizes(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    groups = draw(st.sampled_from((1, 1, 2, 3)))
+    inputs, outputs = draw(st.integers(1, 9)), draw(st.integers(1, most_channels))
+    spatial, kernel = sizes(1, most_size), sizes(1, 5)
+    stride, padding, dilation = sizes(1, 4), sizes(0, 2), sizes(1, 3)
+    extra = tuple(
+        draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+    )
+    assume(all(
+        (n - 1) * s - 2 * p + d * (k - 1) + o + 1 > 0
+        for n, s, p, d, k, o in zip(spatial, stride, padding, dilation, kernel, extra, strict=True)
+    ))  # fmt: skip
+    dtype = draw(st.sampled_from(DTYPES))
+    x = normal(draw(st.integers(0, 3)), inputs * groups, *spatial).to(dtype)
+    weight = normal(inputs * groups, outputs, *kernel, seed=1).to(dtype)
+    vectors = [
+        normal(outputs * groups, seed=s).to(t) if draw(st.booleans()) else None
+        for s, t in ((2, dtype), (3, torch.float32), (4, torch.float32))
+    ]
+    geometry = {"stride": stride, "padding": padding, "output_padding": extra,
+                "groups": groups, "dilation": dilation}  # fmt: skip
+    return Case(
+        laid_out(x, draw(st.sampled_from(LAYOUTS))),
+        laid_out(weight, draw(st.sampled_from(("contiguous", "channels_last", "permuted")))),
+        vectors[0], geometry, *vectors[1:], draw(st.sampled_from(ACTIVATIONS)),
+    )  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_cpu_error_is_at_most_twice_pytorchs(case):
+    case.check(backend="cpu")
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_reference_error_is_at_most_twice_pytorchs(case):
+    case.check(backend="reference")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@settings(max_examples=8, deadline=None)
+@given(cases(most_channels=5, most_size=3))
+def test_triton_error_is_at_most_twice_pytorchs(case):
+    if case.input.device.type == "cpu" and not backends.triton_interpreted():
+        case = Case(*(v.cuda() if isinstance(v, Tensor) else v for v in vars(case).values()))
+    case.check(backend="triton")
+
+
+LAYERS = {
+    "1x1 to 4x4, one sample": layer(1, 100, 64, 1, 1),
+    "1x1 to 4x4": layer(3, 100, 64, 1, 1),
+    "1x1 to 4x4, with overlap": layer(3, 40, 64, 1, 1, stride=2, padding=1),
+    "few positions": layer(2, 130, 40, 4, 4, stride=2, padding=1),
+    "few channels": layer(5, 33, 3, 37, 21, stride=2, padding=1, activation="tanh"),
+    "rows longer than a run": layer(1, 16, 2, 3, 300, stride=2, padding=1),
+    "a long signal": layer(2, 8, 1, 2000, k=16, stride=8, padding=4),
+    "many positions and channels": layer(2, 64, 48, 20, 20, stride=2, padding=1),
+    "depthwise": layer(2, 24, 24, 9, 9, stride=2, padding=1, groups=24),
+    "a kernel smaller than the stride": layer(2, 16, 24, 7, 7, k=2, stride=3, output_padding=1),
+    "a volume": layer(1, 24, 2, 5, 6, 7, stride=2, padding=1),
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_generators(name, dtype, last):
+    case = LAYERS[name]
+    if last and case.dims == 1:
+        pytest.skip("one dimension has no channels_last")
+    case = Case(case.input.to(dtype), case.weight.to(dtype), case.bias.to(dtype), case.geometry,
+                case.scale, case.shift, case.activation)  # fmt: skip
+    if last:
+        case.input = case.input.to(memory_format=LAST[case.dims])
+        case.weight = case.weight.to(memory_format=LAST[case.dims])
+    result = case.check(backend="cpu")
+    if last and case.input[0, 0].numel() > 1:
+        assert result.is_contiguous(memory_format=LAST[case.dims])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation):
+    for shape in ((1, 30, 6, 4, 4), (2, 30, 20, 20, 20)):  # by columns, direct
+        layer(*shape, stride=2, padding=1, activation=activation).check(backend="cpu")
+
+
+def exact_activation(name: str, v: Tensor) -> Tensor:
+    if name == "gelu":  # Phi by the complementary error function: no cancellation
+        return v * 0.5 * torch.special.erfc(-v * 0.5**0.5)
+    return reference.ACTIVATIONS[name](v, 0.2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "silu", "gelu"])
+def test_activations_are_within_4_ulp(activation, isa):
+    every = torch.arange(0, 2**32, 4099).to(torch.int32).view(torch.float32)
+    v = torch.cat([every[every.isfinite()], torch.linspace(-12, 12, 600_000)]).view(1, 1, -1)
+    chosen = backends.native().isa()
+    try:
+        backends.native().choose_isa(isa)
+        y = fastgen.conv_transpose1d(v, torch.ones(1, 1, 1), activation=activation, backend="cpu")
+    finally:
+        backends.native().choose_isa(chosen)
+    exact = exact_activation(activation, v.double())
+    large = exact.abs() >= 2.0**-10
+    ulp = 2.0 ** (torch.frexp(exact).exponent.double() - 24)
+    assert ((y - exact).abs() / ulp)[large].max() <= 4
+    assert (y - exact).abs()[~large].max() <= 2.0**-31
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_is_passed_on(activation):
+    case = layer(1, 3, 2, 2, 2, stride=2, activation=activation)
+    case.input[0, 0, 0, 0] = torch.nan
+    assert case.run(backend="cpu").isnan().sum() == 2 * 4 * 4
+
+
+@pytest.mark.parametrize("name", ["1x1 to 4x4", "few positions", "few channels", "a volume"])
+def test_native_kernels_repeat_their_bits_on_every_instruction_set_and_thread_count(name):
+    case, native = LAYERS[name], backends.native()
+    chosen, threads = native.isa(), torch.get_num_threads()
+    results = []
+    try:
+        for isa, count in itertools.product(ISAS, (1, 2)):
+            native.choose_isa(isa)
+            torch.set_num_threads(count)
+            results.append(case.run(backend="cpu"))
+    finally:
+        native.choose_isa(chosen)
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("name", ["1x1 to 4x4", "few positions", "many positions and channels"])
+def test_out_is_written_whatever_its_layout(name):
+    case = LAYERS[name]
+    expected = case.run()
+    for layout in ("contiguous", "channels_last", "permuted"):
+        out = laid_out(torch.full_like(expected, torch.nan), layout)
+        version = out._version
+        assert case.run(out=out) is out
+        assert_same_bits(out, expected)
+        assert out._version > version
+
+
+def test_out_may_be_the_input_itself():
+    x, weight = normal(2, 4, 5, 5), normal(4, 4, 1, 1, seed=1)
+    expected = fastgen.conv_transpose2d(x, weight)
+    assert fastgen.conv_transpose2d(x, weight, out=x) is x
+    assert_same_bits(x, expected)
+
+
+def test_unbatched_input_gives_unbatched_output():
+    x, weight = normal(3, 5, 5), normal(3, 4, 4, 4, seed=1)
+    out = torch.empty(4, 12, 12)
+    result = fastgen.conv_transpose2d(x, weight, stride=2, out=out)
+    assert result is out
+    assert_same_bits(out, fastgen.conv_transpose2d(x[None], weight, stride=2)[0])
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float64_gradients(activation):
+    x, weight = normal(2, 4, 3, 2).double(), normal(4, 3, 3, 2, seed=1).double()
+    vectors = [normal(6, seed=s).double() for s in (2, 3, 4)]
+    operands = [v.requires_grad_() for v in (x, weight, *vectors)]
+
+    def run(x, weight, bias, scale, shift):
+        return fastgen.conv_transpose2d(x, weight, bias, stride=2, padding=1, groups=2, scale=scale,
+                                        shift=shift, activation=activation)  # fmt: skip
+
+    assert torch.autograd.gradcheck(run, operands, fast_mode=True)
+    if activation in ("tanh", "gelu"):
+        assert torch.autograd.gradgradcheck(run, operands, fast_mode=True)
+
+
+def gradients(case: Case, dtype: torch.dtype, backend: str, twice: bool) -> list[Tensor]:
+    """Of every operand, float64 at the reference; with `twice`, of the gradients' squared norm."""
+    operands = [v.detach().to(dtype if dtype is torch.float64 else v.dtype).requires_grad_()
+                for v in (case.input, case.weight, case.bias, case.scale, case.shift)]  # fmt: skip
+    x, weight, bias, scale, shift = operands
+    y = Case(x, weight, bias, case.geometry, scale, shift, case.activation).run(backend=backend)
+    weights = normal(*y.shape, seed=9).to(y.dtype)
+    first = torch.autograd.grad((y * weights).sum(), operands, create_graph=twice)
+    if not twice:
+        return list(first)
+    total = sum((g.float() if dtype is not torch.float64 else g).square().sum() for g in first)
+    return list(torch.autograd.grad(total, operands, materialize_grads=True))
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float32_gradients_are_the_references(activation, twice):
+    case = layer(2, 6, 8, 4, 3, k=3, stride=2, padding=1, groups=2, activation=activation)
+    exact = gradients(case, torch.float64, "reference", twice)
+    for got, expected in zip(gradients(case, torch.float32, "cpu", twice), exact, strict=True):
+        assert (got - expected).abs().max() <= 2e-5 * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_gradients(dtype):
+    case = layer(2, 6, 8, 4, 3, dtype=dtype, stride=2, padding=1, activation="silu")
+    exact = gradients(case, torch.float64, "reference", False)
+    for got, expected in zip(gradients(case, dtype, "cpu", False), exact, strict=True):
+        assert (got - expected).abs().max() <= 2e-2 * (1 + expected.abs().max())
+
+
+def test_a_gradient_reaches_only_what_asks_for_it():
+    case = layer(1, 4, 4, 3, 3)
+    case.shift.requires_grad_()
+    case.run().sum().backward()
+    assert case.shift.grad is not None
+    assert case.scale.grad is None
+
+
+# ---- torch.compile ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_opcheck(activation):
+    case = layer(2, 6, 8, 4, 3, stride=2, padding=1, activation=activation)
+    operands = [v.requires_grad_() for v in (case.input, case.weight, case.bias)]
+    torch.library.opcheck(
+        torch.ops.fastgen.conv_transpose.default,
+        (*operands, [2, 2], [1, 1], [0, 0], 1, [1, 1], case.scale, case.shift, activation, 0.2,
+         "cpu"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["few positions", "many positions and channels"])
+def test_compile_fullgraph(name):
+    case = LAYERS[name]
+
+    def run(x, weight, scale):
+        return fastgen.conv_transpose2d(x, weight, case.bias, **case.geometry, scale=scale,
+                                        shift=case.shift, activation="silu")  # fmt: skip
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_same_bits(
+        compiled(case.input, case.weight, case.scale), run(case.input, case.weight, case.scale)
+    )
+    last = case.input.to(memory_format=torch.channels_last)
+    assert compiled(last, case.weight, case.scale).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compiled_gradients():
+    x, weight = normal(1, 3, 4, 4).requires_grad_(), normal(3, 2, 4, 4, seed=1)
+
+    def run(x):
+        return fastgen.conv_transpose2d(x, weight, stride=2, activation="tanh").sum()
+
+    torch.compile(run, fullgraph=True, backend="aot_eager")(x).backward()
+    compiled, x.grad = x.grad, None
+    run(x).backward()
+    torch.testing.assert_close(x.grad, compiled)
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+X, W = torch.zeros(2, 4, 5, 5), torch.zeros(4, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "input: got list", {"input": [1.0]}),
+        (TypeError, "input: got torch.int64", {"input": torch.zeros(2, 4, 5, 5).long()}),
+        (ValueError, "input: got 2 dimensions", {"input": torch.zeros(5, 5)}),
+        (ValueError, "input: got 6 channels", {"input": torch.zeros(2, 6, 5, 5)}),
+        (ValueError, "leaves an output of size", {"input": torch.zeros(2, 4, 0, 5)}),
+        (ValueError, "leaves an output of size", {"padding": 9}),
+        (ValueError, "weight: got 3 dimensions", {"weight": torch.zeros(4, 3, 4)}),
+        (TypeError, "weight: got torch.float16", {"weight": W.half()}),
+        (ValueError, r"bias: got shape \(4,\), expected \(3,\)", {"bias": torch.zeros(4)}),
+        (ValueError, "scale: got shape", {"scale": torch.zeros(3, 1)}),
+        (TypeError, "shift: got float", {"shift": 1.0}),
+        (ValueError, "stride: got 0, expected an integer at least 1", {"stride": 0}),
+        (ValueError, "stride: got 3 values, expected one, or 2", {"stride": (1, 2, 3)}),
+        (TypeError, "padding: got float, expected an integer", {"padding": 1.5}),
+        (ValueError, "padding: got -1", {"padding": (0, -1)}),
+        (ValueError, "output_padding: got 2, expected less", {"output_padding": 2, "stride": 2}),
+        (ValueError, "groups: got 3, expected a divisor of 4", {"groups": 3}),
+        (ValueError, "activation: got 'swish', expected one of", {"activation": "swish"}),
+        (ValueError, "negative_slope: got nan", {"negative_slope": float("nan")}),
+        (ValueError, "backend: 'cuda' cannot serve", {"backend": "cuda"}),
+        (ValueError, "out: got shape", {"out": torch.zeros(2, 3, 8, 9)}),
+        (ValueError, "out: got torch.float16", {"out": torch.zeros(2, 3, 8, 8).half()}),
+        (ValueError, "out: requires grad", {"out": torch.zeros(2, 3, 8, 8, requires_grad=True)}),
+    ],
+)
+def test_bad_arguments_are_named(error, message, arguments):
+    with pytest.raises(error, match=message):
+        fastgen.conv_transpose2d(**{"input": X, "weight": W} | arguments)
+
+
+def test_out_must_not_overlap_an_input_partly():
+    memory = torch.zeros(3, 4, 5, 5)
+    with pytest.raises(ValueError, match="out: overlaps an input partly"):
+        fastgen.conv_transpose2d(memory[:2], torch.zeros(4, 4, 1, 1), out=memory[1:])
+
+
+def test_out_has_no_gradient():
+    with pytest.raises(ValueError, match="out: an input requires grad"):
+        fastgen.conv_transpose2d(X, W.clone().requires_grad_(), out=torch.zeros(2, 3, 8, 8))
+
+
+AHEAD_OF_TIME = """
+import triton
+from triton.backends.compiler import GPUTarget
+from fastgen.kernels import aot, conv_transpose
+cases = {name: (kernel, arguments) for name, kernel, arguments in conv_transpose.specializations()}
+for capability, name in ((80, "fp32 tanh"), (90, "bf16 relu"), (100, "fp16 gelu")):
+    kernel, arguments = cases["conv_transpose " + name]
+    compiled = triton.compile(aot.source(kernel, arguments),
+                              target=GPUTarget("cuda", capability, 32),
+                              options=conv_transpose.OPTIONS)
+    ptx = compiled.asm["ptx"]
+    assert ("mma" in ptx) == ("fp32" not in name), name
+    assert ".approx" not in ptx and ".local" not in ptx, name
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_triton_compiles_ahead_of_time():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], env=environment, check=True)
