@@ -1,6 +1,6 @@
 """add_noise beside the eager formula and torch.compile of it.
 
-    python -m fastgen.bench.bench_forward
+python -m fastgen.bench.bench_forward
 """
 
 from __future__ import annotations

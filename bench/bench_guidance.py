@@ -1,6 +1,6 @@
 """cfg_combine and combine beside the eager formulas and torch.compile of them.
 
-    python -m fastgen.bench.bench_guidance
+python -m fastgen.bench.bench_guidance
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """randn beside torch.randn, with ``out=``, and its cost a normal on one thread.
 
-    python -m fastgen.bench.bench_noise
+python -m fastgen.bench.bench_noise
 """
 
 from __future__ import annotations

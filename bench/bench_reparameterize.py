@@ -1,6 +1,6 @@
 """reparameterize beside the eager formula and torch.compile of it: forward, backward, with KL.
 
-    python -m fastgen.bench.bench_reparameterize
+python -m fastgen.bench.bench_reparameterize
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """ddim_step and ddpm_step beside eager PyTorch, torch.compile, diffusers and a plain torch.add.
 
-    python -m fastgen.bench.bench_step
+python -m fastgen.bench.bench_step
 """
 
 from __future__ import annotations

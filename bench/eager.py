@@ -1,4 +1,4 @@
-"""The peers: each op as the papers write it, in eager PyTorch, without a needless copy or upcast."""
+"""The peers: each op as the papers write it, in eager PyTorch, without needless copies."""
 
 from __future__ import annotations
 

@@ -2,9 +2,10 @@
 
     python -m fastgen.bench.noise_quality [PART ...] [--quick] [--out FILE]
 
-Parts: exact, sample, correlation, words, practrand, testu01 (all by default). Needs g++. Parts add
-to FILE (JSON); a report (.md) and a picture (.png) are written beside it. PractRand runs where
-RNG_test is on PATH; TestU01 where g++ finds it (CPATH, LIBRARY_PATH).
+Parts: exact, sample, correlation, words, practrand, testu01 (all by default). Needs g++. FILE is
+JSON and keeps the parts found on the same day and machine; a report (.md) and a picture (.png) are
+written beside it. PractRand runs where RNG_test is on PATH, TestU01 where g++ finds it (CPATH,
+LIBRARY_PATH).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import torch
 from scipy import stats
 
 import fastgen
+from fastgen.bench import noise_quality_report
 from fastgen.bench.timing import machine
 
 HERE = Path(__file__).resolve().parent
@@ -38,7 +39,6 @@ HEADERS = ("macros.h", "elementary.h", "normal.h", "philox.h")
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 TESTU01 = ["-DTESTU01", "-ltestu01", "-lprobdist", "-lmylib", "-lm"]
 ORDERS = ("blocks", "samples", "steps", "streams", "seeds", "fresh seeds")
-NORMAL_MOMENTS = (1, 0, 1, 0, 3, 0, 15, 0, 105)
 BEYOND = re.compile(r"^  \S.*(unusual|suspicious|SUSPICIOUS|FAIL).*$", re.MULTILINE)
 
 
@@ -54,9 +54,8 @@ def compiled(folder: Path, *options: str) -> Path | None:
 
 
 def output(*command: object, **options) -> bytes:
-    return subprocess.run(
-        [*map(str, command)], stdout=subprocess.PIPE, check=True, **options
-    ).stdout
+    arguments = [str(each) for each in command]
+    return subprocess.run(arguments, stdout=subprocess.PIPE, check=True, **options).stdout
 
 
 def exact(program: Path) -> dict:
@@ -96,9 +95,8 @@ def sample(program: Path, quick: bool) -> dict:
     distance = np.abs(np.cumsum(histogram) / n - truth[1:]).max()
     expected = np.diff(truth) * n
     inner = expected >= 25
-    outer = ~inner
-    seen = np.append(histogram[inner], histogram[outer].sum())
-    mean = np.append(expected[inner], expected[outer].sum())
+    seen = np.append(histogram[inner], histogram[~inner].sum())
+    mean = np.append(expected[inner], expected[~inner].sum())
     chi2 = ((seen - mean) ** 2 / mean).sum()
     return found | {
         "log2_count": power,
@@ -108,7 +106,6 @@ def sample(program: Path, quick: bool) -> dict:
         "chi2": chi2,
         "chi2_bins": int(seen.size),
         "chi2_p": stats.chi2.sf(chi2, seen.size - 1),
-        "histogram": found["histogram"],
     }
 
 
@@ -179,9 +176,8 @@ def words(program: Path, quick: bool) -> dict:
     """Bytes by their place in a block, and repeated words."""
     lots, size = 4 if quick else 64, 1 << 20
     space = 2.0**32
-    found = {"words": lots * size, "expected_repeats": lots * (
-        size + space * math.expm1(size * math.log1p(-1 / space))
-    )}  # fmt: skip
+    expected = lots * (size + space * math.expm1(size * math.log1p(-1 / space)))
+    found = {"words": lots * size, "expected_repeats": expected}
     for order in ORDERS:
         drawn = raw_words(program, order, lots * size)
         repeats = int(sum((np.diff(np.sort(lot)) == 0).sum() for lot in drawn.reshape(lots, size)))
@@ -194,20 +190,19 @@ def words(program: Path, quick: bool) -> dict:
         p = stats.chi2.sf(chi2, 255)
         found[order] = {
             "repeats": repeats,
-            "repeats_z": (repeats - found["expected_repeats"])
-            / math.sqrt(found["expected_repeats"]),
-            "least_byte_p": float(p.min()),
+            "repeats_z": (repeats - expected) / math.sqrt(expected),
+            "worst_place_p": -math.expm1(16 * math.log1p(-p.min())),
             "all_bytes_p": float(stats.chi2.sf(sum(chi2), 255 * 16)),
         }
     return found
 
 
-def practrand(program: Path, quick: bool) -> Iterator[dict]:
+def practrand(program: Path, quick: bool) -> list[dict]:
     """PractRand's standard tests, an entry for each order of the words."""
     tester = shutil.which("RNG_test")
     if not tester:
-        yield {"absent": "no RNG_test on PATH (Debian 12 has no package of PractRand)"}
-        return
+        return [{"absent": "no RNG_test on PATH (Debian 12 has no package of PractRand)"}]
+    entries = []
     version = re.search(r"version ([\d.]+)", output(tester, "-version").decode()).group(1)
     for order, bits, gigabytes in (
         *((order, "forward", 16 if order == "blocks" else 8) for order in ORDERS),
@@ -221,7 +216,7 @@ def practrand(program: Path, quick: bool) -> Iterator[dict]:
             source.kill()
         reached = re.findall(r"length= (.*?) \(2\^(\d+) bytes\)", text)[-1]
         lines = [" ".join(match.group().split()) for match in BEYOND.finditer(text)]
-        yield {
+        entry = {
             "version": version,
             "order": order,
             "bits": bits,
@@ -231,18 +226,21 @@ def practrand(program: Path, quick: bool) -> Iterator[dict]:
             + len(lines),
             "anomalies": lines,
         }
+        print(entry, flush=True)
+        entries.append(entry)
+    return entries
 
 
-def testu01(program: Path | None, crush: bool) -> Iterator[dict]:
+def testu01(program: Path | None, crush: bool) -> list[dict]:
     """SmallCrush on every order of the words, both ways round, and Crush on the plain one."""
     if not program:
-        yield {"absent": "g++ found no TestU01 (Debian 12 has no package of it)"}
-        return
+        return [{"absent": "g++ found no TestU01 (Debian 12 has no package of it)"}]
+    entries = []
     runs = [("smallcrush", order, bits) for order in ORDERS for bits in ("forward", "reversed")]
     for battery, order, bits in [*runs, ("crush", "blocks", "forward")][: None if crush else -1]:
         text = output(program, battery, order, bits).decode()
         summary = text[text.rindex("Summary results") :]
-        yield {
+        entry = {
             "version": re.search(r"TestU01 ([\d.]+)", summary).group(1),
             "battery": battery,
             "order": order,
@@ -251,6 +249,9 @@ def testu01(program: Path | None, crush: bool) -> Iterator[dict]:
             "passed": "All tests were passed" in summary,
             "anomalies": re.findall(r"^\s*(\d+ .*\S)\s*$", summary, re.MULTILINE),
         }
+        print(entry, flush=True)
+        entries.append(entry)
+    return entries
 
 
 def environment() -> dict:
@@ -267,15 +268,15 @@ def environment() -> dict:
     }
 
 
-def save(part: str, result: dict | list, given: argparse.Namespace) -> None:
+def save(file: Path, made: dict, part: str, result: dict | list) -> None:
     """Adds a part to the file as it now stands, and writes the report anew."""
-    from fastgen.bench import noise_quality_report
-
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(given.out.read_text()) if given.out.exists() else {}
-    found |= {"environment": environment(), "quick": given.quick, part: result}
-    given.out.write_text(json.dumps(found) + "\n")
-    noise_quality_report.write(found, given.out)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if any(found.get(key) != value for key, value in made.items()):
+        found = dict(made)
+    found[part] = result
+    file.write_text(json.dumps(found) + "\n")
+    noise_quality_report.write(found, file)
 
 
 def main() -> None:
@@ -289,6 +290,7 @@ def main() -> None:
     chosen = given.parts or parts
     if unknown := set(chosen) - set(parts):
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
+    made = {"environment": environment(), "quick": given.quick}
     with tempfile.TemporaryDirectory() as folder:
         program = compiled(Path(folder))
         runs = {
@@ -302,10 +304,8 @@ def main() -> None:
         for part in chosen:
             start = time.perf_counter()
             result = runs[part]()
-            if not isinstance(result, dict):
-                result = [entry for entry in result if print(entry, flush=True) is None]
             print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
-            save(part, result, given)
+            save(given.out, made, part, result)
 
 
 if __name__ == "__main__":

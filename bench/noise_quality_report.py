@@ -95,14 +95,14 @@ def correlation(found: dict) -> list[str]:
 def words(found: dict) -> list[str]:
     orders = {name: each for name, each in found.items() if isinstance(each, dict)}
     rows = [(name, each["repeats"], f"{each['repeats_z']:+.2f}", f"{each['all_bytes_p']:.3f}",
-             f"{each['least_byte_p']:.3f}") for name, each in orders.items()]  # fmt: skip
+             f"{each['worst_place_p']:.3f}") for name, each in orders.items()]  # fmt: skip
     return [
         "## Raw words",
         "",
         f"{found['words']:,} words in each order: repeats within lots of 2^20 words (expected "
         f"{found['expected_repeats']:.0f}), chi-square of the bytes at the 16 places of a block.",
         "",
-        *table(("order", "repeats", "z-score", "p, all bytes", "least p of 16 places"), rows),
+        *table(("order", "repeats", "z-score", "p, all bytes", "p of the worst place"), rows),
         "Orders: `blocks` counts the blocks of one sample; `samples`, `steps`, `streams`, `seeds` "
         "take one block of each of 256 in turn; `fresh seeds` is the first block of every seed.",
         "",

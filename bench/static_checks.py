@@ -80,6 +80,13 @@ def toolkit_program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(places))
 
 
+def is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
+
+
 def sources() -> Path | None:
     """csrc/, in a checkout."""
     found = Path(__file__).resolve().parent.parent / "csrc"
@@ -221,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
             kernels += cuda_kernels(csrc, architectures, cuobjdump, folder)
         if importlib.util.find_spec("triton") is None:
             print("Triton kernels: left out, triton is not installed")
-        elif importlib.util.find_spec("fastgen.kernels.aot") is None:
+        elif not is_importable("fastgen.kernels.aot"):
             print("Triton kernels: left out, fastgen.kernels.aot is not here")
         elif os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
             print("Triton kernels: left out, TRITON_INTERPRET is set")

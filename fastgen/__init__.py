@@ -1,10 +1,12 @@
 """fastgen: native-accelerated samplers for generative models."""
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 from . import solvers
 from .backends import info
 from .loop import Loop, sample
+from .ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .ops.forward import add_noise
 from .ops.guidance import cfg_combine, combine
 from .ops.noise import philox4x32, randn
@@ -12,11 +14,6 @@ from .ops.reparameterize import gaussian_kl, gaussian_kl_monte_carlo, reparamete
 from .ops.step import ddim_step, ddpm_step, step
 from .plan import Output, Plan, Row, stack_rows
 from .schedules import NoiseSchedule
-
-try:
-    from .ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
-except ImportError:
-    pass
 
 try:
     __version__ = version("fastgen-samplers")
@@ -47,4 +44,11 @@ __all__ = [
     "solvers",
     "stack_rows",
     "step",
+    "zoo",
 ]
+
+
+def __getattr__(name: str):
+    if name == "zoo":  # needs safetensors, which the samplers do not
+        return importlib.import_module("fastgen.zoo")
+    raise AttributeError(f"module 'fastgen' has no attribute {name!r}")

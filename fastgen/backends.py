@@ -95,7 +95,7 @@ def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
         if reason:
             raise ValueError(f"backend: {backend!r} cannot serve {op} here: {reason}")
         return backend
-    reasons = []
+    reasons: list[str] = []
     for candidate in OPS[op]:
         if candidate == "triton" and device_type == "cpu":
             continue  # the interpreter is for checking, never a default
@@ -122,7 +122,7 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
 
 def table(device_types: tuple[str, ...] = ("cpu", "cuda")) -> list[tuple[str, str, str, str]]:
     """Rows of (op, device, backend, "default" | "yes" | why not), for float32."""
-    rows = []
+    rows: list[tuple[str, str, str, str]] = []
     for op in OPS:
         for device_type in device_types:
             if device_type == "cuda" and not torch.cuda.is_available():
@@ -131,7 +131,9 @@ def table(device_types: tuple[str, ...] = ("cpu", "cuda")) -> list[tuple[str, st
             default = _choose(op, None, device_type, torch.float32)
             for name in OPS[op]:
                 reason = refusal(op, name, device_type, torch.float32)
-                rows.append((op, device_type, name, reason or ("default" if name == default else "yes")))
+                rows.append(
+                    (op, device_type, name, reason or ("default" if name == default else "yes"))
+                )
     return rows
 
 
@@ -144,7 +146,9 @@ def info() -> str:
         sets = ", ".join(_native.available_isas())
         lines.append(f"cpu kernels: {_native.isa()} (available: {sets})")
         lines.append(f"threads: {torch.get_num_threads()}, from {_native.parallel_runtime()}")
-        lines.append(f"cuda kernels: {_native.cuda_architectures or 'not built (no nvcc was found)'}")
+        lines.append(
+            f"cuda kernels: {_native.cuda_architectures or 'not built (no nvcc was found)'}"
+        )
     lines.append("")
     lines += [f"{op:16} {device:5} {name:10} {state}" for op, device, name, state in table()]
     return "\n".join(lines)

@@ -192,9 +192,7 @@ def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.devi
     if value.shape != tuple(shape):
         raise ValueError(f"out: got shape {tuple(value.shape)}, expected {tuple(shape)}")
     if value.dtype != dtype or value.device != device:
-        raise ValueError(
-            f"out: got {value.dtype} on {value.device}, expected {dtype} on {device}"
-        )
+        raise ValueError(f"out: got {value.dtype} on {value.device}, expected {dtype} on {device}")
     if value.requires_grad:
         raise ValueError("out: requires grad; an output is written without a gradient")
     if value.numel() == 0 or torch.compiler.is_compiling():
@@ -209,11 +207,13 @@ def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.devi
         if end <= first or last <= start or _same_view(value, given):
             continue
         try:
-            shared = np.shares_memory(_footprint(value), _footprint(given), max_work=10_000)
+            shared = np.shares_memory(_footprint(value), _footprint(given), max_work=10_000)  # type: ignore[arg-type]
         except np.exceptions.TooHardError:
             shared = True
         if shared:
-            raise ValueError("out: overlaps an input partly; give the input itself, or other memory")
+            raise ValueError(
+                "out: overlaps an input partly; give the input itself, or other memory"
+            )
     return value
 
 

@@ -69,7 +69,9 @@ def _add_sample(commands: Any) -> None:
     sample.add_argument("--steps", type=int, default=50, help="of the solver")
     sample.add_argument("--spacing", choices=SPACINGS, default="trailing", help="of the timesteps")
     sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as ddpm")
-    sample.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
+    sample.add_argument(
+        "--guidance", type=float, default=3.0, help="classifier-free guidance scale"
+    )
     sample.add_argument("--labels", default="0-9", help="digits to draw, as in 0-9 or 3,1,4")
     sample.add_argument("--count", type=int, default=4, help="samples a label (or in tens)")
     sample.add_argument("--seed", type=int, default=0, help="of all noise")
@@ -79,7 +81,7 @@ def _add_sample(commands: Any) -> None:
 
 
 def labels_of(text: str) -> list[int]:
-    """"0-9" or "3,1,4" as a list of digits. ValueError for anything else."""
+    """ "0-9" or "3,1,4" as a list of digits. ValueError for anything else."""
     labels: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -136,7 +138,6 @@ def _sample(options: argparse.Namespace) -> None:
             fastgen.NoiseSchedule.cosine(),
             options.steps,
             prediction="v",
-            clip=1.0,
             spacing=options.spacing,
             **extra,
         )
@@ -151,9 +152,12 @@ def _sample(options: argparse.Namespace) -> None:
         )
     else:
         start = time.perf_counter()
-        images = decode_prior(model, options.model, 10 * options.count, options.seed, options.device)
+        images = decode_prior(
+            model, options.model, 10 * options.count, options.seed, options.device
+        )
         columns = 10
-        line = f"{options.model}: {len(images)} samples on {where} in {time.perf_counter() - start:.3f} s"
+        seconds = time.perf_counter() - start
+        line = f"{options.model}: {len(images)} samples on {where} in {seconds:.3f} s"
     write_grid(images, options.out, columns)
     print(f"{line}\nwrote {options.out}")
 
@@ -179,13 +183,16 @@ def _demo(options: argparse.Namespace) -> None:
     from fastgen.bench.timing import interleaved, machine, report
 
     print(machine())
-    plan = fastgen.solvers.ddim(fastgen.NoiseSchedule.cosine(), 50, prediction="v", clip=1.0)
+    plan = fastgen.solvers.ddim(fastgen.NoiseSchedule.cosine(), 50, prediction="v")
     diffusion = zoo.load("digits-diffusion")
     labels = torch.arange(10).repeat(4)
     images, network, sampler = sample_digits(diffusion, plan, labels, 3.0, options.seed)
     print(f"digits-diffusion: 40 digits, 50 steps: network {network:.2f} s, sampler "
           f"{1e3 * sampler:.1f} ms")  # fmt: skip
-    rest = [decode_prior(zoo.load(n), n, 20, options.seed, "cpu") for n in ("digits-vae", "digits-dcgan")]
+    rest = [
+        decode_prior(zoo.load(n), n, 20, options.seed, "cpu")
+        for n in ("digits-vae", "digits-dcgan")
+    ]
     write_grid(torch.cat([images, *rest]), options.out, 10)
     print(f"wrote {options.out}: four rows of diffusion, two of the VAE, two of the DCGAN")
 
@@ -203,7 +210,9 @@ def _demo(options: argparse.Namespace) -> None:
         difference = (our_step() - eager_step()).abs().max()
         if not difference < 1e-4:
             raise ValueError(f"the step differs from eager PyTorch's by {difference}")
-        rows.append((f"ddim + guidance {shape}", interleaved({"fastgen": our_step, "eager": eager_step})))
+        rows.append(
+            (f"ddim + guidance {shape}", interleaved({"fastgen": our_step, "eager": eager_step}))
+        )
 
         def eager_ancestral(x=x, c=c, u=u):
             return eager.ddpm_step(x, eager.cfg_combine(c, u, 3.0), a_t, a_s)
@@ -211,8 +220,8 @@ def _demo(options: argparse.Namespace) -> None:
         def our_ancestral(x=x, c=c, u=u):
             return fastgen.ddpm_step(x, c, a_t, a_s, uncond=u, guidance_scale=3.0, seed=0, step=1)
 
-        rows.append((f"ddpm + guidance {shape}",
-                     interleaved({"fastgen": our_ancestral, "eager": eager_ancestral})))  # fmt: skip
+        timings = interleaved({"fastgen": our_ancestral, "eager": eager_ancestral})
+        rows.append((f"ddpm + guidance {shape}", timings))
     report("sampler time per step", rows)
 
 

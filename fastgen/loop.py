@@ -212,7 +212,7 @@ def sample(
     if x is None:
         if seed is None:
             raise ValueError("seed: got None, but the first sample is drawn from it")
-        x = _first_sample(plan, shape, seed, sample_ids, dtype, device)  # type: ignore[arg-type]
+        x = _first_sample(plan, shape, seed, sample_ids, dtype, device)
     elif dtype is not None or device is not None:
         raise ValueError("dtype, device: go with shape; x has its own")
     guided = guidance_scale is not None
@@ -230,7 +230,7 @@ def sample(
     )
     for _ in _steps(len(plan), progress):
         output = model(loop.model_input, loop.time, cond)
-        loop.step(getattr(output, "sample", output))
+        loop.step(output if isinstance(output, Tensor) else output.sample)
         if callback is not None:
             callback(loop)
     return loop.x

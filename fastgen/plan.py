@@ -67,7 +67,7 @@ class Row:
     log-variance. model_time: what the network is told. input_scale: c_in, what x is multiplied by
     before the network sees it.
 
-    Derived: floats, the row as the kernels read it, (72,) float32 laid out as csrc/params.h StepRow,
+    Derived: floats, the row as the kernels read it, (72,) float32 laid out as csrc/params.h has it,
     and packed, its bytes; noises, how many normals an element takes (0: deterministic); reads, the
     inputs whose weight is not zero, with what the denoised sample is made from.
 
@@ -80,6 +80,10 @@ class Row:
     logvar: tuple[float, float] = (1.0, 0.0)
     model_time: float = 0.0
     input_scale: float = 1.0
+    floats: np.ndarray = field(init=False, repr=False, compare=False)
+    packed: bytes = field(init=False, repr=False, compare=False)
+    noises: int = field(init=False, repr=False, compare=False)
+    reads: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "outputs", tuple(self.outputs))
@@ -105,7 +109,7 @@ class Row:
         object.__setattr__(self, "reads", frozenset(reads))
 
     def __reduce__(self):  # without the cached arrays, which would come back writeable
-        return Row, tuple(getattr(self, f.name) for f in fields(self))
+        return Row, tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
     def _pack(self) -> np.ndarray:
         row = np.zeros(ROW_FLOATS, dtype=np.float32)

@@ -69,8 +69,8 @@ def everywhere(call) -> None:
 
 def draws(examples: int):
     return settings(
-        max_examples=examples, phases=_PHASES, deadline=None, suppress_health_check=[HealthCheck.too_slow],
-        derandomize=True,
+        max_examples=examples, phases=_PHASES, deadline=None, derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
     )  # fmt: skip
 
 
@@ -137,18 +137,18 @@ def test_add_noise(shape, dtype, layout, each, with_noise, with_velocity, seed):
     )  # fmt: skip
 
 
-STEP_OPTIONS = dict(
-    shape=SHAPES,
-    dtype=st.sampled_from(DTYPES),
-    other=st.sampled_from(DTYPES),
-    layout=LAYOUTS,
-    second=LAYOUTS,
-    guided=st.booleans(),
-    prediction=st.sampled_from(["epsilon", "sample", "v"]),
-    clip=st.sampled_from([None, 1.0, (-0.5, 2.0)]),
-    levels=st.sampled_from([(0.5, 0.7), (1e-3, 2e-3), (0.9, 1.0), (0.6, 0.6)]),
-    seed=st.integers(0, 1000),
-)
+STEP_OPTIONS = {
+    "shape": SHAPES,
+    "dtype": st.sampled_from(DTYPES),
+    "other": st.sampled_from(DTYPES),
+    "layout": LAYOUTS,
+    "second": LAYOUTS,
+    "guided": st.booleans(),
+    "prediction": st.sampled_from(["epsilon", "sample", "v"]),
+    "clip": st.sampled_from([None, 1.0, (-0.5, 2.0)]),
+    "levels": st.sampled_from([(0.5, 0.7), (1e-3, 2e-3), (0.9, 1.0), (0.6, 0.6)]),
+    "seed": st.integers(0, 1000),
+}
 
 
 @draws(30)
@@ -207,7 +207,9 @@ def any_row(index: int) -> fastgen.Row:
        st.integers(0, 1000))  # fmt: skip
 def test_step(shape, index, layout, second, each, learned, table, seed):
     layouts = [layout, second, "contiguous"]
-    tensors = [scattered(shape, DTYPES[(seed + i) % 3], layouts[i % 3], seed + i) for i in range(12)]
+    tensors = [
+        scattered(shape, DTYPES[(seed + i) % 3], layouts[i % 3], seed + i) for i in range(12)
+    ]
     x, e, u, known, logvar, *history = tensors
     rows = [any_row(index + (i if each else 0) * 4) for i in range(max(1, shape[0]))]
     count = len(rows[0].outputs)
@@ -220,7 +222,7 @@ def test_step(shape, index, layout, second, each, learned, table, seed):
         lambda backend: fastgen.step(
             row, x, e, uncond=u, known=known, history=history[:7],
             logvar=logvar if learned else None, guidance_scale=2.0, seed=seed, step=7,
-            outputs=count, dtypes=[x.dtype, *[torch.float32, torch.bfloat16, torch.float16][: count - 1]],
+            outputs=count, dtypes=[x.dtype, *DTYPES[: count - 1]],
             backend=backend,
         )
     )  # fmt: skip
@@ -252,7 +254,9 @@ def test_reductions_of_a_sample_do_not_depend_on_its_batch():
     x, y = torch.randn(2, 6, 5000)
     whole = fastgen.cfg_combine(x, y, 4.0, rescale=0.7)
     for i in range(6):
-        assert_same_bits(fastgen.cfg_combine(x[i : i + 1], y[i : i + 1], 4.0, rescale=0.7)[0], whole[i])
+        assert_same_bits(
+            fastgen.cfg_combine(x[i : i + 1], y[i : i + 1], 4.0, rescale=0.7)[0], whole[i]
+        )
 
 
 def test_flushing_denormals_changes_nothing():

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from shared import HAS_TRITON, ISAS, assert_same_bits
 from torch import Tensor
 
 import fastgen
 from fastgen import backends
 from fastgen.reference import conv_transpose as reference
+from shared import HAS_TRITON, ISAS, assert_same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu")

@@ -8,11 +8,11 @@ import types
 import numpy as np
 import pytest
 import torch
-from shared import assert_same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastgen
 from fastgen import Loop, NoiseSchedule, Output, Plan, Row, ddim_step, sample, solvers, stack_rows
+from shared import assert_same_bits
 
 SCHEDULE = NoiseSchedule.linear()
 DDIM = solvers.ddim(SCHEDULE, 5)

@@ -96,6 +96,7 @@ def test_history_is_read_only_after_it_was_written():
     with pytest.raises(ValueError, match=r"rows\[0\]"):
         Plan((both,))  # what a row writes is there for later rows
     assert Plan((write, both, read)).history == 3
+    assert Plan((write, NEXT, read)).history == 3  # nor is it forgotten between
     assert Plan((unread,)).history == 0
 
 

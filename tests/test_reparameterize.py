@@ -134,10 +134,14 @@ def test_out_may_be_mean_itself(backend):
 
 
 def test_an_empty_batch_and_an_empty_sample():
-    z, kl = fastgen.reparameterize(torch.zeros(0, 5), torch.zeros(0, 5), seed=1, step=0, return_kl=True)
+    z, kl = fastgen.reparameterize(
+        torch.zeros(0, 5), torch.zeros(0, 5), seed=1, step=0, return_kl=True
+    )
     assert z.shape == (0, 5)
     assert kl.shape == (0,)
-    z, kl = fastgen.reparameterize(torch.zeros(3, 0), torch.zeros(3, 0), seed=1, step=0, return_kl=True)
+    z, kl = fastgen.reparameterize(
+        torch.zeros(3, 0), torch.zeros(3, 0), seed=1, step=0, return_kl=True
+    )
     assert kl.tolist() == [0, 0, 0]
 
 

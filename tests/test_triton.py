@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
-from shared import assert_same_bits
 
 from fastgen import _native
 from fastgen.bench.static_checks import inexact
+from shared import assert_same_bits
 
 pytest.importorskip("triton")
 from fastgen.kernels import reparameterize, step, tile

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 LIBRARY = torch.library.Library("fastgen", "FRAGMENT")
 
-# Keys of tensors that are not what their memory shows: flags, transforms, subclasses, other layouts.
+# Keys of tensors that are not what their memory shows: flags, transforms, subclasses, layouts.
 _HIDDEN: int = functools.reduce(
     operator.or_,
     (

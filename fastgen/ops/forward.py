@@ -46,8 +46,8 @@ def add_noise(
         and type(alpha_bar) is float and (seed is None) != (noise is None)
         and (seed is None or step is not None)
     ):  # fmt: skip
-        row = _row(checks.alpha_bar("alpha_bar", alpha_bar), False, False)
-        result = kernel.quick(row, x0, noise=noise, seed=seed, step=step,
+        quick_row = _row(checks.alpha_bar("alpha_bar", alpha_bar), False, False)
+        result = kernel.quick(quick_row, x0, noise=noise, seed=seed, step=step,
                               streams=(FORWARD_DIFFUSION,), out=out)  # fmt: skip
         if result is not None:
             return result

@@ -80,7 +80,8 @@ def combine(
     if not 1 <= len(outputs) <= len(_TERMS):
         raise ValueError(f"outputs: got {len(outputs)}, expected 1 to {len(_TERMS)}")
     row = _weighted(tuple(checks.number(f"weights[{i}]", w) for i, w in enumerate(weights)))
-    x, e, known, *history = [*outputs, *[None] * (3 - len(outputs))]
+    padded: list[Tensor | None] = [*outputs, *[None] * (3 - len(outputs))]
+    x, e, known, *history = padded
     if backend is None:
         result = kernel.quick(row, x, e, None, known, None, *history, out=out)
         if result is not None:

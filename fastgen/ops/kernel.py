@@ -1,6 +1,6 @@
 """One launch of the step kernel: what every pointwise op comes down to.
 
-``launch`` goes straight to a backend; ``torch.ops.fastgen.step`` is the same call for torch.compile,
+``launch`` goes straight to a backend; ``torch.ops.fastgen.step`` is the same call for compile,
 transforms and gradients, with all numbers in tensors so that nothing is frozen into a graph.
 """
 
@@ -56,8 +56,10 @@ def is_quick(seed: object, step: object) -> bool:
         backends._native is not None
         and (
             seed is None
-            or (type(seed) is int and 0 <= seed < 1 << 64)
-            and (type(step) is int and 0 <= step < checks.MAX_STEPS)
+            or (
+                (type(seed) is int and 0 <= seed < 1 << 64)
+                and (type(step) is int and 0 <= step < checks.MAX_STEPS)
+            )
         )
         and is_eager()
     )
@@ -102,7 +104,7 @@ def run(
     uncond: Tensor | None = None,
     known: Tensor | None = None,
     logvar: Tensor | None = None,
-    history: tuple[Tensor, ...] = (),
+    history: tuple[Tensor | None, ...] = (),
     noise: tuple[Tensor, ...] = (),
     row_index: Tensor | None = None,
     guidance: float | Tensor = 1.0,
@@ -115,7 +117,8 @@ def run(
 ) -> list[Tensor]:
     """The outputs of one row, of ``dtypes``; arguments are checked already.
 
-    ``like``: the tensor whose memory format the outputs take. ``row``: a Row, or float32 (R, 72) on the device: one for all samples, one per sample (R = B),
+    ``like``: the tensor whose memory format the outputs take.
+    ``row``: a Row, or float32 (R, 72) on the device: one for all samples, one per sample (R = B),
     or, with ``row_index`` (int64, one element), a table from which that row is taken; the index is
     also added to the noise's ``step``.
     """
@@ -128,7 +131,7 @@ def run(
         if out is None:
             made = _allocate(shape, dtypes, device, like)
         else:
-            made = list(out)  # type: ignore[arg-type]
+            made = list(out)
         launch(backend, shape, row, x, cond, uncond, known, logvar, history, noise, row_index,
                guidance, output_scale, seed, sample_ids, step, streams, made)  # fmt: skip
         if out is not None:
@@ -325,7 +328,9 @@ def _backward(ctx, grads):
     noise_column = 8 + MAX_OUTPUTS * len(INPUTS)
     grad_z = []
     for m in range(len(z)):
-        parts = [times(factor(noise_column + j * MAX_NOISES + m, blank), y) for j, y in enumerate(ys)]
+        parts = [
+            times(factor(noise_column + j * MAX_NOISES + m, blank), y) for j, y in enumerate(ys)
+        ]
         grad_z.append(sum(parts[1:], parts[0]))
 
     inside = (raw >= low) & (raw <= high)

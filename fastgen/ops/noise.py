@@ -79,7 +79,9 @@ def randn(
     if not shape:
         raise ValueError("shape: got (), expected the batch as dimension 0")
     checks.size(shape)
-    device = torch.empty(0, device=device).device if device is not None else torch.get_default_device()
+    device = (
+        torch.empty(0, device=device).device if device is not None else torch.get_default_device()
+    )
     dtype = dtype or torch.float32
     if dtype not in checks.DTYPES:
         raise TypeError(f"dtype: got {dtype}, expected float32, bfloat16, float16 or float64")

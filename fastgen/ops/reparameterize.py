@@ -73,11 +73,12 @@ def reparameterize(
         kl = _launch(name, mean, logvar, noise, z, return_kl, bounds, seed_words, ids, step_count)
         if out is not None:
             torch.autograd.graph.increment_version(out)
-        return (z, kl) if return_kl else z
+        return z if kl is None else (z, kl)
     seeds, id_tensor = kernel._seed_tensors(seed_words, ids, batch, device)
     if name == "reference":
-        if noise is None:
+        if seeds is not None and id_tensor is not None:
             noise = normal(mean.shape, seeds, id_tensor, step_count, REPARAMETERIZE)
+        assert noise is not None
         z = reference.reparameterize(mean, logvar, noise, bounds).to(mean.dtype)
         kl = reference.gaussian_kl(mean, logvar, bounds) if return_kl else None
     else:
@@ -88,7 +89,7 @@ def reparameterize(
         if torch.is_grad_enabled() and z.requires_grad:
             raise ValueError("out: an input requires grad, and writing into out has no gradient")
         z = out.copy_(z)
-    return (z, kl) if return_kl else z
+    return (z, kl) if return_kl and kl is not None else z
 
 
 def gaussian_kl(
@@ -110,15 +111,15 @@ def gaussian_kl(
     if name == "reference":
         return reference.gaussian_kl(mean, logvar, bounds)
     if is_plain(mean, logvar):
-        return _launch(name, mean, logvar, None, None, True, bounds, None, 0, 0)
-    return torch.ops.fastgen.reparameterize(
-        mean, logvar, None, None, None, 0, True, *bounds, name
-    )[1]
+        kl = _launch(name, mean, logvar, None, None, True, bounds, None, 0, 0)
+        assert kl is not None
+        return kl
+    return torch.ops.fastgen.reparameterize(mean, logvar, None, None, None, 0, True, *bounds, name)[
+        1
+    ]
 
 
-def gaussian_kl_monte_carlo(
-    mean: Tensor, logvar: Tensor, *, seed: int, draws: int = 64
-) -> Tensor:
+def gaussian_kl_monte_carlo(mean: Tensor, logvar: Tensor, *, seed: int, draws: int = 64) -> Tensor:
     """The same divergence estimated from samples: the mean over ``draws`` of log q(z) - log p(z).
 
     Kingma & Welling (2014), eq. 6. float32 (B,), unbiased; for checking ``gaussian_kl``.
@@ -129,6 +130,7 @@ def gaussian_kl_monte_carlo(
     total = torch.zeros(mean.shape[0], device=mean.device)
     for step in range(draws):
         z = reparameterize(mean.float(), logvar.float(), seed=seed, step=step)
+        assert isinstance(z, Tensor)
         distance = (z - mean) ** 2 * torch.exp(-logvar.float())
         total = total + 0.5 * sum_by_halves(per_sample_rows(z**2 - distance - logvar))
     return total / draws

@@ -17,7 +17,8 @@ _LOG = [float.fromhex(c) for c in (
     "-0x1.38b58p-4", "0x1.055b6ap-3", "-0x1.0d8542p-3", "0x1.22da1cp-3",
     "-0x1.547244p-3", "0x1.99a008p-3", "-0x1.000226p-2", "0x1.555554p-2")]  # fmt: skip
 _EXP = [float.fromhex(c) for c in (
-    "0x1.6a244cp-10", "0x1.1239d4p-7", "0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2")]  # fmt: skip
+    "0x1.6a244cp-10", "0x1.1239d4p-7", "0x1.5558f2p-5",
+    "0x1.555492p-3", "0x1.fffffcp-2")]  # fmt: skip
 _SIN = [float.fromhex(c) for c in (
     "-0x1.2d9302p-8", "0x1.465e92p-4", "-0x1.4abbbap-1", "0x1.921fb6p+0")]  # fmt: skip
 _COS = [float.fromhex(c) for c in (
@@ -82,7 +83,7 @@ def cos_sin_turn(u: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Exp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor) -> Tensor:
         clamped = torch.where(x > 89.0, 89.0, x)
         clamped = torch.where(clamped < -104.0, -104.0, clamped)
         shifted = clamped * float.fromhex("0x1.715476p+0") + _ROUND_MAGIC
@@ -97,7 +98,7 @@ class _Exp(torch.autograd.Function):
         return p * first * second
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return grad * _Exp.apply(x)
 

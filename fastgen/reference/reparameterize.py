@@ -1,4 +1,4 @@
-"""The reparameterization trick and its KL term: Kingma & Welling (2014), section 2.4, appendix B."""
+"""The reparameterization trick and its KL term: Kingma & Welling (2014), 2.4, appendix B."""
 
 from __future__ import annotations
 

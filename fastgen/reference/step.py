@@ -52,12 +52,12 @@ class _Guide(torch.autograd.Function):
     """The same with the derivative by g, which the choice at g = 1 would hide."""
 
     @staticmethod
-    def forward(ctx, cond: Tensor, uncond: Tensor, g: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, cond: Tensor, uncond: Tensor, g: Tensor) -> Tensor:
         ctx.save_for_backward(cond, uncond, g)
         return torch.where(g == 1, cond, uncond + g * (cond - uncond))
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         cond, uncond, g = ctx.saved_tensors
         one = g == 1
         return (
@@ -109,7 +109,10 @@ def step(
     d = clip(d, per_sample(rows[:, 2], d), per_sample(rows[:, 3], d))
     z = [n.to(dtype) for n in noise]
     if logvar is not None and z:
-        z[0] = exp(0.5 * (per_sample(rows[:, 4], blank) * logvar + per_sample(rows[:, 5], blank))) * z[0]
+        z[0] = (
+            exp(0.5 * (per_sample(rows[:, 4], blank) * logvar + per_sample(rows[:, 5], blank)))
+            * z[0]
+        )
     inputs = [x, e, u, d, known, *map(widen, history)]
     results = []
     for j in range(outputs):

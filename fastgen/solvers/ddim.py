@@ -48,7 +48,9 @@ def ddim_row(
         if bounds is not None and use_clipped_model_output:  # (x - sqrt(a_t) d) / sqrt(1 - a_t)
             sigma_t = math.sqrt(1.0 - a_t)
             if sigma_t == 0.0:
-                raise ValueError("alpha_bar: got 1, where the clipped x_0 says nothing of the noise")
+                raise ValueError(
+                    "alpha_bar: got 1, where the clipped x_0 says nothing of the noise"
+                )
             weights["x"] = direction / sigma_t
             weights["denoised"] -= direction * math.sqrt(a_t) / sigma_t
         else:
