@@ -230,7 +230,8 @@ def sample(
     )
     for _ in _steps(len(plan), progress):
         output = model(loop.model_input, loop.time, cond)
-        loop.step(output if isinstance(output, Tensor) else output.sample)
+        prediction: Any = getattr(output, "sample", output)
+        loop.step(prediction)
         if callback is not None:
             callback(loop)
     return loop.x

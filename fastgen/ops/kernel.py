@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..plan import INPUTS, MAX_NOISES, MAX_OUTPUTS, Row
-from ..reference.arithmetic import exp, per_sample_rows, working_dtype
+from ..plan import MAX_NOISES, MAX_OUTPUTS, Row
 from ..reference.noise import normal
-from ..reference.step import clip, guide, per_sample
 from ..reference.step import step as reference_step
+from ..reference.step_gradients import step_gradients
 from .dispatch import LIBRARY, is_eager, is_plain
 
 STEP_STREAMS = (2, 8, 9, 10)  # of z_0 ... z_3, in the noise contract
@@ -276,113 +275,28 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grads):
-    """The step is linear in each operand, but for the clip, exp and the guidance's product."""
     (x, cond, uncond, known, logvar, table, row_index, guidance, output_scale, seeds,
      sample_ids, *rest) = ctx.saved_tensors  # fmt: skip
     step, streams, shape = ctx.plain
     history, noise = rest[: ctx.lengths[0]], rest[ctx.lengths[0] :]
     rows = table if row_index is None else table.index_select(0, row_index.view(1))
     drawn = _drawn(noise, rows, row_index, seeds, sample_ids, step, streams, shape)
-    dtype = working_dtype(x, cond, uncond, known, logvar, *history, *noise)
-
-    def widen(tensor):
-        return None if tensor is None else tensor.to(dtype)
-
-    def factor(column, like):
-        return per_sample(rows[:, column], like)
-
-    def times(weight, value):
-        return torch.where(weight != 0, weight * value, 0.0)
-
-    def total(values, like):
-        """Summed to the shape (1,) or (B,) of what it is the gradient of."""
-        summed = per_sample_rows(values).sum(1)
-        return (summed.sum().view(1) if like.shape[0] == 1 else summed).to(like.dtype)
-
-    x_, c, u, h = widen(x), widen(cond), widen(uncond), [widen(v) for v in history]
-    e0 = e = None
-    if c is not None:
-        e0 = guide(c, u, guidance)
-        e = e0 if output_scale is None else per_sample(output_scale, e0) * e0
-    ys = [g.to(dtype) for g in grads]
-    blank = torch.zeros_like(ys[0])
-    raw = blank
-    if x_ is not None:
-        raw = raw + times(factor(0, blank), x_)
-    if e is not None:
-        raw = raw + times(factor(1, blank), e)
-    low, high = factor(2, blank), factor(3, blank)
-    d = clip(raw, low, high)
-    sigma = None
-    z = [v.to(dtype) for v in drawn]
-    if logvar is not None and z:
-        sigma = exp(0.5 * (factor(4, blank) * widen(logvar) + factor(5, blank)))
-        z[0] = sigma * z[0]
-    inputs = [x_, e, u, d, widen(known), *h]
-
-    grad_in: list[Tensor] = []
-    for k in range(len(INPUTS)):
-        column = 8 + k
-        parts = [times(factor(column + j * len(INPUTS), blank), y) for j, y in enumerate(ys)]
-        grad_in.append(sum(parts[1:], parts[0]))
-    noise_column = 8 + MAX_OUTPUTS * len(INPUTS)
-    grad_z = []
-    for m in range(len(z)):
-        parts = [
-            times(factor(noise_column + j * MAX_NOISES + m, blank), y) for j, y in enumerate(ys)
-        ]
-        grad_z.append(sum(parts[1:], parts[0]))
-
-    inside = (raw >= low) & (raw <= high)
-    grad_raw = torch.where(inside, grad_in[3], 0.0)
-    grad_x = grad_in[0] + times(factor(0, blank), grad_raw)
-    grad_e = grad_in[1] + times(factor(1, blank), grad_raw)
-    grad_u = grad_in[2]
-
-    grad_table = None
-    if table.requires_grad:
-        columns = [rows.new_zeros(rows.shape[0])] * rows.shape[1]
-        columns[0] = blank if x_ is None else grad_raw * x_
-        columns[1] = blank if e is None else grad_raw * e
-        columns[2] = torch.where(raw < low, grad_in[3], 0.0)
-        columns[3] = torch.where(raw > high, grad_in[3], 0.0)
-        if sigma is not None:
-            columns[4] = grad_z[0] * z[0] * 0.5 * widen(logvar)
-            columns[5] = grad_z[0] * z[0] * 0.5
-        for j, y in enumerate(ys):
-            for k, value in enumerate(inputs):
-                if value is not None:
-                    columns[8 + j * len(INPUTS) + k] = y * value
-            for m, value in enumerate(z):
-                columns[noise_column + j * MAX_NOISES + m] = y * value
-        grad_table = torch.stack([total(v, rows) for v in columns], dim=1)
-        if row_index is not None:
-            grad_table = torch.zeros_like(table).index_add(0, row_index.view(1), grad_table)
-
-    grad_scale = None
-    if output_scale is not None and e0 is not None:
-        grad_scale = total(grad_e * e0, output_scale)
-        grad_e = per_sample(output_scale, grad_e) * grad_e
-    grad_c, grad_guidance = grad_e, None
-    if u is not None and c is not None:
-        g = per_sample(guidance, grad_e)
-        grad_c = torch.where(g == 1, grad_e, g * grad_e)
-        grad_u = grad_u + torch.where(g == 1, 0.0, (1.0 - g) * grad_e)
-        grad_guidance = total(grad_e * (c - u), guidance)
-    grad_logvar = None
-    if sigma is not None:
-        grad_logvar = (0.5 * factor(4, blank)) * (grad_z[0] * z[0])
-        grad_z[0] = sigma * grad_z[0]
+    found = step_gradients(grads, x, cond, uncond, known, logvar, history, drawn, rows, guidance,
+                           output_scale, table.requires_grad)  # fmt: skip
+    of_rows = found.rows
+    if of_rows is not None and row_index is not None:
+        of_rows = torch.zeros_like(table).index_add(0, row_index.view(1), of_rows)
 
     def as_of(tensor, grad):
         return grad.to(tensor.dtype) if tensor is not None and tensor.requires_grad else None
 
     return (
-        as_of(x, grad_x), as_of(cond, grad_c), as_of(uncond, grad_u), as_of(known, grad_in[4]),
-        as_of(logvar, grad_logvar), [as_of(v, grad_in[5 + k]) for k, v in enumerate(history)],
-        [as_of(v, grad_z[m]) for m, v in enumerate(noise)], grad_table, None,
-        as_of(guidance, grad_guidance), as_of(output_scale, grad_scale),
-        None, None, None, None, None, None, None, None,
+        as_of(x, found.x), as_of(cond, found.cond), as_of(uncond, found.uncond),
+        as_of(known, found.known), as_of(logvar, found.logvar),
+        [as_of(v, g) for v, g in zip(history, found.history, strict=True)],
+        [as_of(v, g) for v, g in zip(noise, found.noise, strict=False)],
+        of_rows, None, as_of(guidance, found.guidance), as_of(output_scale, found.output_scale),
+        *[None] * 8,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ INPUTS = 12  # x, e, u, denoised, known, seven of history
 OUTPUTS = 4
 NOISES = 4
 ROW_FLOATS = 72
-_WEIGHTS, _NOISE = 8, 8 + OUTPUTS * INPUTS
+WEIGHTS, NOISE = 8, 8 + OUTPUTS * INPUTS  # where a row's weights and noise factors begin
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ def step(
     inputs = [x, e, u, d, known, *map(widen, history)]
     results = []
     for j in range(outputs):
-        weights = rows[:, _WEIGHTS + j * INPUTS :]
-        scales = rows[:, _NOISE + j * NOISES :]
+        weights = rows[:, WEIGHTS + j * INPUTS :]
+        scales = rows[:, NOISE + j * NOISES :]
         terms = [(weights[:, k], value) for k, value in enumerate(inputs)]
         terms += [(scales[:, m], value) for m, value in enumerate(z)]
         results.append(_sum(terms, blank))
