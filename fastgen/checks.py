@@ -199,22 +199,31 @@ def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.devi
         return value
     if not value.is_contiguous() and torch._debug_has_internal_overlap(value) == 1:
         raise ValueError("out: several of its elements share memory (an expanded tensor)")
-    first, last = _span(value)
     for given in inputs:
-        if given is None or given is value:
-            continue
-        start, end = _span(given)
-        if end <= first or last <= start or _same_view(value, given):
-            continue
-        try:
-            shared = np.shares_memory(_footprint(value), _footprint(given), max_work=10_000)  # type: ignore[arg-type]
-        except np.exceptions.TooHardError:
-            shared = True
-        if shared:
-            raise ValueError(
-                "out: overlaps an input partly; give the input itself, or other memory"
-            )
+        if given is not None and given is not value and not _same_view(value, given):
+            if _overlap(value, given):
+                raise ValueError(
+                    "out: overlaps an input partly; give the input itself, or other memory"
+                )
     return value
+
+
+def apart(outs: Sequence[Tensor]) -> None:
+    """Outputs share no memory with each other."""
+    for i, value in enumerate(outs):
+        if any(_overlap(value, other) for other in outs[:i]):
+            raise ValueError(f"out[{i}]: overlaps another output")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    first, last = _span(a)
+    start, end = _span(b)
+    if end <= first or last <= start:
+        return False
+    try:
+        return np.shares_memory(_footprint(a), _footprint(b), max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
 
 
 def _span(value: Tensor) -> tuple[int, int]:

@@ -333,6 +333,13 @@ def test_an_output_that_overlaps_an_input_partly_is_refused():
     assert_same_bits(fastgen.ddim_step(left, left, 0.4, 0.5, out=right), expected)
 
 
+def test_outputs_that_overlap_each_other_are_refused():
+    row = Row((Output({"x": 1.0}), Output({"x": 2.0}, target=0)))
+    memory = torch.zeros(3, 6)
+    with pytest.raises(ValueError, match=r"out\[1\]: overlaps another output"):
+        fastgen.step(row, X, out=[memory[:2], memory[1:]])
+
+
 def test_nothing_is_written_on_failure():
     out = torch.full((2, 6), 7.0)
     with pytest.raises(ValueError, match="guidance_scale"):
@@ -349,6 +356,9 @@ def test_nothing_is_written_on_failure():
         ({"seed": None}, "seed, noise: the row draws 1 normals"),
         ({"row_index": torch.tensor(0)}, "row_index: goes with a table"),
         ({"out": [X.clone(), X.clone()]}, "out: got 2 tensors"),
+        ({"output_scale": torch.ones(3)}, "output_scale: got shape"),
+        ({"output_scale": 2.0}, "output_scale: got 2.0"),
+        ({"row": torch.zeros(4, 72), "row_index": torch.tensor(4)}, "row_index: got 4"),
         ({"dtypes": [torch.float32] * 2}, "dtypes: got 2"),
         ({"history": [X] * 8}, "history: got 8"),
         ({"noise": [X] * 5}, "noise: got 5"),

@@ -52,8 +52,10 @@ struct Team {
 
 void run_member(void* argument) {
     const Team& team = *static_cast<const Team*>(argument);
-    const int64_t members = runtime.team_size();
+    const int64_t team_size = runtime.team_size();
+    const int64_t members = team_size < team.count ? team_size : team.count;
     const int64_t member = runtime.thread_index();
+    if (member >= members) return;
     const int64_t begin = team.count * member / members;
     const int64_t end = team.count * (member + 1) / members;
     if (begin < end) team.body(team.context, begin, end);
@@ -64,8 +66,8 @@ void run_member(void* argument) {
 void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t, int64_t),
                   void* context) {
     if (count <= 0) return;
-    if (threads > count) threads = int(count);
-    if (threads <= 1 || forked || !runtime.fork_call || runtime.in_parallel()) {
+    // The whole team even for few items: a team that changes its size makes and ends threads.
+    if (threads <= 1 || count == 1 || forked || !runtime.fork_call || runtime.in_parallel()) {
         body(context, 0, count);
         return;
     }

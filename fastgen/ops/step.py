@@ -12,6 +12,7 @@ from ..plan import HISTORY, MAX_NOISES, MAX_OUTPUTS, ROW_FLOATS, Row
 from ..solvers.ddim import ddim_row
 from ..solvers.ddpm import ddpm_row
 from . import kernel
+from .dispatch import is_eager
 
 
 def step(
@@ -93,6 +94,11 @@ def step(
     guidance = checks.per_sample("guidance_scale", guidance_scale, batch, device)
     if isinstance(guidance, Tensor):
         guidance = guidance.float()
+    if output_scale is not None:
+        scale = checks.per_sample("output_scale", output_scale, batch, device)
+        if not isinstance(scale, Tensor) or scale.numel() != batch:
+            raise ValueError(f"output_scale: got {output_scale}, expected a tensor ({batch},)")
+        output_scale = scale.float().contiguous()
     if dtypes is None:
         dtypes = (x.dtype,) + (torch.promote_types(x.dtype, torch.float32),) * (count - 1)
     if len(dtypes) != count:
@@ -105,6 +111,7 @@ def step(
             raise ValueError(f"out: got {len(outs)} tensors, expected {count}, one an output")
         for tensor, dtype in zip(outs, dtypes, strict=True):
             checks.out(tensor, shape, dtype, device, tensors)
+        checks.apart(outs)
     results = kernel.run(
         shape, row, backend=kernel.choose(backend, *tensors), dtypes=dtypes, device=device, like=x,
         x=x, cond=output, uncond=uncond, known=known, logvar=logvar, history=tuple(history),
@@ -140,6 +147,8 @@ def _rows(rows: Tensor, batch: int, device: torch.device, row_index: Tensor | No
         row_index.dtype != torch.int64 or row_index.numel() != 1 or row_index.device != device
     ):
         raise ValueError(f"row_index: expected one int64 on {device}, got {row_index}")
+    if row_index is not None and device.type == "cpu" and is_eager():  # a GPU's would synchronise
+        checks.integer("row_index", int(row_index), 0, len(rows))
     return rows.contiguous()
 
 
