@@ -7,7 +7,6 @@ bin := $(abspath $(venv)/bin)
 python := $(bin)/python
 sources := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 torch := $(shell sed -n 's/^torch==/&/p' constraints.txt)
-torch_index := https://download.pytorch.org/whl/cpu
 # CUDA kernels where a GPU could run them; elsewhere the tests compile them on their own.
 cuda := $(if $(wildcard /dev/nvidiactl),ON,OFF)
 benchmarks := $(patsubst bench/%.py,fastgen.bench.%,$(sort $(wildcard bench/bench_*.py)))
@@ -26,9 +25,8 @@ build: $(venv)/.native ## the environment and the compiled module
 $(venv)/.dependencies: constraints.txt
 	@sh .ci/prerequisites $(PYTHON)
 	$(PYTHON) -m venv $(venv)
-	@# The processor's build of torch: from pip's own sources where they have it.
-	$(python) -m pip install -qq $(torch)+cpu 2>/dev/null || \
-	    $(python) -m pip install -qq --extra-index-url $(torch_index) $(torch)
+	@# The build of torch without CUDA where pip is set up to find it; else the one it finds.
+	$(python) -m pip install -qq $(torch)+cpu 2>/dev/null || $(python) -m pip install -qq $(torch)
 	$(python) -m pip install -qq -r constraints.txt
 	@touch $@
 
@@ -67,7 +65,7 @@ native: build ## the kernels under the address and undefined-behaviour sanitizer
 	build/native/native_tests
 
 static-checks: build ## registers, spills and instructions of the compiled GPU kernels
-	$(if $(wildcard bench/static_checks.py),$(python) -m fastgen.bench.static_checks)
+	$(python) -m fastgen.bench.static_checks
 
 bench: build ## times of every op
 	for module in $(benchmarks); do $(python) -m $$module || exit 1; done

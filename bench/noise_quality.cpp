@@ -1,6 +1,6 @@
 // The program behind noise_quality.py:
 //     exact               JSON: every radius word and every angle word, against float64
-//     sample LOG2         JSON: histogram and errors of 2^LOG2 normals in counter order
+//     sample ORDER LOG2   JSON: histogram and errors of 2^LOG2 normals
 //     normals COUNT       that many float32 normals, raw
 //     words ORDER BITS    random words without end, raw; BITS: forward | reversed
 //     smallcrush ORDER BITS, crush ORDER BITS    TestU01's report, where it was linked
@@ -225,7 +225,7 @@ void box_muller_all(const uint32_t words[kAtOnce], float z[kAtOnce]) {
     for (int i = 0; i < kAtOnce; i += 2) box_muller(words[i], words[i + 1], z[i], z[i + 1]);
 }
 
-void sample(int log2_count) {
+void sample(const char* order, int log2_count) {
     constexpr int kBins = 4096;  // of 1/256 from -8
     constexpr uint64_t kChecked = uint64_t{1} << 24;
     std::vector<uint64_t> histogram(kBins);
@@ -233,7 +233,7 @@ void sample(int log2_count) {
     uint64_t beyond[std::size(tails)] = {}, done = 0;
     float most = 0.0f;
     double error = 0.0;
-    Blocks blocks("blocks");
+    Blocks blocks(order);
     uint32_t words[kAtOnce];
     float z[kAtOnce];
     for (uint64_t made = 0; made < uint64_t{1} << log2_count; made += kAtOnce) {
@@ -330,7 +330,7 @@ int main(int argc, char** argv) {
         sweep_angle();
         printf("\"words\": 4294967296}\n");
     } else if (!strcmp(mode, "sample")) {
-        sample(atoi(order));
+        sample(order, argc > 3 ? atoi(argv[3]) : 0);
     } else if (!strcmp(mode, "normals")) {
         write_normals(strtoull(order, nullptr, 10));
     } else if (!strcmp(mode, "words")) {

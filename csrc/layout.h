@@ -36,8 +36,8 @@ inline bool coalesce(Shape& shape, int rank, const int64_t* size, int count,
     for (int i = kept - 1; i >= 0; --i) {
         bool joins = merged > 0;
         for (int t = 0; joins && t < count; ++t)
-            joins = stride[t][dims[i]] ==
-                    stride[t][inner_dim[merged - 1]] * merged_size[merged - 1];
+            joins =
+                stride[t][dims[i]] == stride[t][inner_dim[merged - 1]] * merged_size[merged - 1];
         if (joins) {
             merged_size[merged - 1] *= size[dims[i]];
         } else {

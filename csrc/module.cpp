@@ -1,5 +1,5 @@
-// The Python bindings: arguments in, a params struct out to a kernel. With view.h, the only files that
-// know Python; nothing of torch is compiled in.
+// The Python bindings: arguments in, a params struct out to a kernel. With view.h, the only files
+// that know Python; nothing of torch is compiled in.
 #include <pybind11/pybind11.h>
 
 #include <cmath>
@@ -43,7 +43,8 @@ class Call {
     explicit Call(py::handle sizes) {
         rank_ = int(PyTuple_GET_SIZE(sizes.ptr()));
         if (rank_ > kMaxRank) throw py::value_error("more dimensions than torch allows");
-        for (int dim = 0; dim < rank_; ++dim) size_[dim] = as_int(PyTuple_GET_ITEM(sizes.ptr(), dim));
+        for (int dim = 0; dim < rank_; ++dim)
+            size_[dim] = as_int(PyTuple_GET_ITEM(sizes.ptr(), dim));
     }
 
     explicit Call(const View& view) : rank_(view.ndim) {
@@ -122,15 +123,15 @@ void run_cuda(int (*launch)(const Params&, void*), const Params& params, int64_t
     const int error = launch(params, reinterpret_cast<void*>(stream));
     if (error) throw std::runtime_error(std::string("CUDA: ") + cuda::error_string(error));
 }
-#define FASTGEN_RUN(op, params, cost)                                          \
-    if (!stream.is_none()) {                                                   \
-        run_cuda(cuda::op, params, as_int(stream.ptr()));                      \
-        return;                                                                \
-    }                                                                          \
+#define FASTGEN_RUN(op, params, cost)                     \
+    if (!stream.is_none()) {                              \
+        run_cuda(cuda::op, params, as_int(stream.ptr())); \
+        return;                                           \
+    }                                                     \
     run_cpu(cpu_kernels().op, params, cost, threads)
 #else
-#define FASTGEN_RUN(op, params, cost)                                          \
-    if (!stream.is_none()) throw std::runtime_error("built without CUDA");     \
+#define FASTGEN_RUN(op, params, cost)                                      \
+    if (!stream.is_none()) throw std::runtime_error("built without CUDA"); \
     run_cpu(cpu_kernels().op, params, cost, threads)
 #endif
 
@@ -181,8 +182,8 @@ void step(py::handle shape, py::handle x, py::handle cond, py::handle uncond, py
 }
 
 // ---- the straight path -------------------------------------------------------------------------
-// A call whose tensors are all ordinary, on the CPU, of one shape and a kernel's dtype. Anything else
-// is NotImplemented: the general path, in Python, then serves it or says what is wrong.
+// A call whose tensors are all ordinary, on the CPU, of one shape and a kernel's dtype. Anything
+// else is NotImplemented: the general path, in Python, then serves it or says what is wrong.
 
 class Ordinary {
    public:
@@ -269,8 +270,7 @@ py::object quick_step(py::handle operands, py::handle noise, py::handle out, py:
     Tensor* const slots[] = {&p.x, &p.cond, &p.uncond, &p.known, &p.logvar};
     Ordinary tensors(grad);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(operands.ptr()); ++i)
-        if (!tensors.add(i < 5 ? slots[i] : &p.history[i - 5],
-                         PyTuple_GET_ITEM(operands.ptr(), i)))
+        if (!tensors.add(i < 5 ? slots[i] : &p.history[i - 5], PyTuple_GET_ITEM(operands.ptr(), i)))
             return declined;
     if (!tensors.add(&p.given_noise[0], noise.ptr()) || !tensors.add_out(out.ptr()))
         return declined;
@@ -329,12 +329,11 @@ void reparameterize(py::handle shape, py::handle mean, py::handle logvar, py::ha
     FASTGEN_RUN(reparameterize, p, kNoiseGrain);
 }
 
-void reparameterize_backward(py::handle shape, py::handle mean, py::handle logvar,
-                             py::handle noise, py::handle grad_out, py::handle grad_kl,
-                             py::handle grad_mean, py::handle grad_logvar, py::handle grad_noise,
-                             py::tuple clamp, py::handle seed, py::handle sample_ids,
-                             py::handle noise_step, int noise_stream, int threads,
-                             py::handle stream) {
+void reparameterize_backward(py::handle shape, py::handle mean, py::handle logvar, py::handle noise,
+                             py::handle grad_out, py::handle grad_kl, py::handle grad_mean,
+                             py::handle grad_logvar, py::handle grad_noise, py::tuple clamp,
+                             py::handle seed, py::handle sample_ids, py::handle noise_step,
+                             int noise_stream, int threads, py::handle stream) {
     ReparameterizeParams p{};
     Call call(shape);
     call.add(p.mean, mean);
@@ -354,8 +353,7 @@ void reparameterize_backward(py::handle shape, py::handle mean, py::handle logva
 }
 
 void rescale(py::handle shape, py::handle cond, py::handle uncond, py::handle guidance,
-             double factor, py::handle partials, py::handle scale, int threads,
-             py::handle stream) {
+             double factor, py::handle partials, py::handle scale, int threads, py::handle stream) {
     RescaleParams p{};
     Call call(shape);
     call.add(p.cond, cond);
@@ -368,7 +366,8 @@ void rescale(py::handle shape, py::handle cond, py::handle uncond, py::handle gu
     FASTGEN_RUN(rescale, p, kPlainGrain);
 }
 
-// ---- conv_transpose ------------------------------------------------------------------------------
+// ---- conv_transpose
+// ------------------------------------------------------------------------------
 
 // The dtype and place alone.
 void read_tensor(Tensor& tensor, py::handle source, View& view) {
@@ -388,16 +387,23 @@ Epilogue read_epilogue(py::handle bias, py::handle scale, py::handle shift, int 
 // Dense: weight (depth, rows), input (batch, depth, columns), out (batch, rows, columns).
 void conv_transpose_product(py::handle weight, py::handle input, py::handle out, int64_t batch,
                             int64_t depth, int64_t rows, int64_t columns, int threads) {
-    if (columns != 1 && columns % 16 != 0) throw py::value_error("columns: one, or a multiple of 16");
-    const ProductParams p{address_of<float>(weight), address_of<float>(input),
-                          static_cast<float*>(address(out)), batch, depth, rows, columns};
+    if (columns != 1 && columns % 16 != 0)
+        throw py::value_error("columns: one, or a multiple of 16");
+    const ProductParams p{address_of<float>(weight),
+                          address_of<float>(input),
+                          static_cast<float*>(address(out)),
+                          batch,
+                          depth,
+                          rows,
+                          columns};
     const int64_t products = batch * depth * rows * columns;
     py::gil_scoped_release release;
     cpu_kernels().conv_transpose_product(p, products < 4 * kPlainGrain ? 1 : threads);
 }
 
-// columns: (batch, channels, taps, inputs) by `strides` of the first three; out: (B, C, [D, [H,]] W).
-// geometry: three values, depth first, of each of input, output, kernel, stride, padding, dilation.
+// columns: (batch, channels, taps, inputs) by `strides` of the first three; out: (B, C, [D, [H,]]
+// W). geometry: three values, depth first, of each of input, output, kernel, stride, padding,
+// dilation.
 void conv_transpose_fold(py::handle columns, py::tuple strides, py::handle out, int64_t batch,
                          int64_t channels, py::tuple geometry, py::handle bias, py::handle scale,
                          py::handle shift, int activation, double negative_slope, int threads) {

@@ -32,9 +32,9 @@ struct Tensor {
 // ---- noise ----------------------------------------------------------------------------------
 // Where a sample's normals come from: key = seed, counter = (block, step << 8 | stream, sample id).
 struct NoiseKey {
-    const int64_t* seeds;  // null: `seed` for every sample
-    int64_t seed_stride;   // 0 or 1
-    const int64_t* sample_ids;  // null: first_sample_id + slot
+    const int64_t* seeds;         // null: `seed` for every sample
+    int64_t seed_stride;          // 0 or 1
+    const int64_t* sample_ids;    // null: first_sample_id + slot
     const int64_t* step_pointer;  // null, or added to `step`
     uint64_t seed;
     int64_t first_sample_id;
@@ -55,8 +55,8 @@ enum Input : int32_t { kX = 0, kE = 1, kU = 2, kDenoised = 3, kKnown = 4, kFirst
 // A zero weight means that its term is neither read nor multiplied; so does an absent tensor.
 struct StepRow {
     float denoise_x, denoise_e;
-    float clip_low, clip_high;             // -inf, inf: no clip
-    float logvar_scale, logvar_offset;     // z_0 is multiplied by exp((scale logvar + offset) / 2)
+    float clip_low, clip_high;          // -inf, inf: no clip
+    float logvar_scale, logvar_offset;  // z_0 is multiplied by exp((scale logvar + offset) / 2)
     float reserved[2];
     float weights[kOutputs][kInputs];
     float noise[kOutputs][kNoises];
@@ -69,16 +69,16 @@ struct StepParams {
     Tensor history[kHistory];
     Tensor given_noise[kNoises];  // in place of drawn normals
     Tensor out[kOutputs];
-    const StepRow* rows;          // null: `row` below
-    int64_t row_stride;           // rows per sample: 0 or 1
-    const int64_t* row_pointer;   // null, or the first row to use
-    const float* guidance;        // null: `guidance_scale` for every sample
-    int64_t guidance_stride;      // 0 or 1
-    const float* output_scale;    // null, or a factor of e per sample
+    const StepRow* rows;         // null: `row` below
+    int64_t row_stride;          // rows per sample: 0 or 1
+    const int64_t* row_pointer;  // null, or the first row to use
+    const float* guidance;       // null: `guidance_scale` for every sample
+    int64_t guidance_stride;     // 0 or 1
+    const float* output_scale;   // null, or a factor of e per sample
     StepRow row;
     float guidance_scale;
     NoiseKey key;
-    int32_t draws;                // whether a seed was given: z_m that is not given is drawn
+    int32_t draws;  // whether a seed was given: z_m that is not given is drawn
     int32_t stream[kNoises];
 };
 
@@ -86,12 +86,12 @@ struct StepParams {
 struct ReparameterizeParams {
     Shape shape;
     Tensor mean, logvar, given_noise;
-    Tensor out;                 // absent where only the divergence is asked for
-    Tensor grad_out;            // backward only, as what follows
+    Tensor out;       // absent where only the divergence is asked for
+    Tensor grad_out;  // backward only, as what follows
     Tensor grad_mean, grad_logvar, grad_noise;
-    const float* grad_kl;       // (batch,)
-    float* kl;                  // (batch,) or null
-    float* partials;            // (batch, chunks) workspace where kl is asked for
+    const float* grad_kl;  // (batch,)
+    float* kl;             // (batch,) or null
+    float* partials;       // (batch, chunks) workspace where kl is asked for
     float clamp_low, clamp_high;
     NoiseKey key;
     int32_t stream;
@@ -112,7 +112,13 @@ struct RescaleParams {
 
 // ---- conv_transpose -------------------------------------------------------------------------
 enum Activation : int32_t {
-    kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kTanh = 3, kSigmoid = 4, kSilu = 5, kGelu = 6
+    kIdentity = 0,
+    kRelu = 1,
+    kLeakyRelu = 2,
+    kTanh = 3,
+    kSigmoid = 4,
+    kSilu = 5,
+    kGelu = 6
 };
 
 // y = activation(scale (v + bias) + shift) of one output channel
@@ -124,8 +130,8 @@ struct Epilogue {
 
 // out[b, r, n] = sum over k of weight[k, r] input[b, k, n], all dense.
 struct ProductParams {
-    const float *weight, *input;  // (depth, rows), (batch, depth, columns)
-    float* out;                   // (batch, rows, columns)
+    const float *weight, *input;          // (depth, rows), (batch, depth, columns)
+    float* out;                           // (batch, rows, columns)
     int64_t batch, depth, rows, columns;  // columns: one, or a multiple of 16
 };
 
@@ -134,7 +140,7 @@ struct ProductParams {
 struct FoldParams {
     const float* columns;  // (batch, channels, taps, inputs): the last dim dense
     int64_t sample_stride, channel_stride, tap_stride;
-    Tensor out;            // stride: (channel, depth, height, width)
+    Tensor out;  // stride: (channel, depth, height, width)
     int64_t batch, channels;
     int64_t in_size[3], out_size[3], kernel[3], stride[3], padding[3], dilation[3];
     Epilogue epilogue;

@@ -1,5 +1,5 @@
-// How the module sees a torch tensor: through DLPack's C exchange table where torch has one (2.10 and
-// later; tens of nanoseconds), through the tensor's own Python attributes where it has not.
+// How the module sees a torch tensor: through DLPack's C exchange table where torch has one (2.10
+// and later; tens of nanoseconds), through the tensor's own Python attributes where it has not.
 #pragma once
 
 #include <pybind11/pybind11.h>

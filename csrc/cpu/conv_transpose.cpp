@@ -203,19 +203,28 @@ void finish_planes(const ChannelEpilogueParams& p, int64_t begin, int64_t end) {
     }
 }
 
+// Elements of one pass over pixels: whole pixels where they fit, so that coefficients are laid out
+// once.
+int64_t pixel_run(const ChannelEpilogueParams& p) {
+    return p.channels <= kChunk ? kChunk / p.channels * p.channels : kChunk;
+}
+
 // Channels innermost: the coefficients repeat with their number.
 void finish_pixels(const ChannelEpilogueParams& p, int64_t begin, int64_t end) {
     alignas(64) float v[kChunk], bias[kChunk], scale[kChunk], shift[kChunk];
     const Epilogue& e = p.epilogue;
-    const int64_t total = p.outer * p.channels;
-    int64_t channel = begin * kChunk % p.channels;
-    for (int64_t start = begin * kChunk; start < end * kChunk && start < total; start += kChunk) {
-        const int64_t count = total - start < kChunk ? total - start : kChunk;
-        for (int64_t i = 0; i < count; ++i) {
-            bias[i] = e.bias ? e.bias[channel] : -0.0f;
-            scale[i] = e.scale ? e.scale[channel] : 1.0f;
-            shift[i] = e.shift ? e.shift[channel] : -0.0f;
-            channel = channel + 1 == p.channels ? 0 : channel + 1;
+    const int64_t total = p.outer * p.channels, run = pixel_run(p);
+    for (int64_t index = begin; index < end; ++index) {
+        const int64_t start = index * run;
+        const int64_t count = total - start < run ? total - start : run;
+        if (index == begin || p.channels > kChunk) {
+            int64_t channel = start % p.channels;
+            for (int64_t i = 0; i < run; ++i) {
+                bias[i] = e.bias ? e.bias[channel] : -0.0f;
+                scale[i] = e.scale ? e.scale[channel] : 1.0f;
+                shift[i] = e.shift ? e.shift[channel] : -0.0f;
+                channel = channel + 1 == p.channels ? 0 : channel + 1;
+            }
         }
         load_dense(p.in, start, count, v);
         with_activation(e, [&](const auto& act) {
@@ -248,8 +257,9 @@ void conv_transpose_fold(const FoldParams& p, int threads) {
 
 void channel_epilogue(const ChannelEpilogueParams& p, int threads) {
     const bool pixels = p.inner == 1;
-    const int64_t chunks = pixels ? (p.outer * p.channels + kChunk - 1) / kChunk
-                                  : p.outer * p.channels * ((p.inner + kChunk - 1) / kChunk);
+    const int64_t run = pixels ? pixel_run(p) : kChunk;
+    const int64_t chunks = pixels ? (p.outer * p.channels + run - 1) / run
+                                  : p.outer * p.channels * ((p.inner + run - 1) / run);
     parallel_for(chunks, threads, [&](int64_t begin, int64_t end) {
         IeeeMode ieee;
         pixels ? finish_pixels(p, begin, end) : finish_planes(p, begin, end);

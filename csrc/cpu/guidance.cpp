@@ -49,8 +49,7 @@ void rescale(const RescaleParams& p, int threads) {
         alignas(64) float cond[kChunk], guided[kChunk];
         const float* c = load(p.shape, p.cond, tile, cond);
         const float* u = load(p.shape, p.uncond, tile, guided);
-        const float g =
-            p.guidance ? p.guidance[tile.sample * p.guidance_stride] : p.guidance_scale;
+        const float g = p.guidance ? p.guidance[tile.sample * p.guidance_stride] : p.guidance_scale;
         for (int64_t i = 0; i < tile.count; ++i)
             guided[i] = g == 1.0f ? c[i] : u[i] + g * (c[i] - u[i]);
         float* partials = p.partials + tile.sample * 5 * chunks + tile.start / kChunk;
@@ -66,11 +65,10 @@ void rescale(const RescaleParams& p, int threads) {
         for (int64_t sample = begin; sample < end; ++sample) {
             float* partials = p.partials + sample * 5 * chunks;
             float* between = partials + 4 * chunks;
-            const float of_cond = standard_deviation(partials, partials + chunks, chunks,
-                                                     p.shape.elements, between);
-            const float of_guided =
-                standard_deviation(partials + 2 * chunks, partials + 3 * chunks, chunks,
-                                   p.shape.elements, between);
+            const float of_cond =
+                standard_deviation(partials, partials + chunks, chunks, p.shape.elements, between);
+            const float of_guided = standard_deviation(partials + 2 * chunks, partials + 3 * chunks,
+                                                       chunks, p.shape.elements, between);
             p.scale[sample] = p.rescale * (of_cond / of_guided) + (1.0f - p.rescale);
         }
     });

@@ -71,8 +71,8 @@ static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uin
         const __m256i* columns[4] = {a, b, c, d};
         for (int word = 0; word < 4; ++word)
             _mm_storeu_si128(reinterpret_cast<__m128i*>(words[word] + 4 * part),
-                             _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(
-                                 columns[word][part], low_halves)));
+                             _mm256_castsi256_si128(
+                                 _mm256_permutevar8x32_epi32(columns[word][part], low_halves)));
     }
 #else
     for (int i = 0; i < kBlocks; ++i) {
@@ -85,10 +85,9 @@ static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uin
 
 // z: room for kChunk normals; those of elements [tile.start, tile.start + count rounded up to 64).
 static inline void fill_normal(float* z, const NoiseKey& key, int32_t stream, const Tile& tile) {
-    const uint64_t seed =
-        key.seeds ? uint64_t(key.seeds[tile.sample * key.seed_stride]) : key.seed;
-    const uint64_t id = uint64_t(key.sample_ids ? key.sample_ids[tile.sample]
-                                                : key.first_sample_id + tile.sample);
+    const uint64_t seed = key.seeds ? uint64_t(key.seeds[tile.sample * key.seed_stride]) : key.seed;
+    const uint64_t id =
+        uint64_t(key.sample_ids ? key.sample_ids[tile.sample] : key.first_sample_id + tile.sample);
     const uint32_t step = key.step + uint32_t(key.step_pointer ? *key.step_pointer : 0);
     const uint32_t c1 = step << 8 | uint32_t(stream);
     uint32_t block = uint32_t(tile.start / 4);

@@ -32,10 +32,14 @@ void sum_terms(float* __restrict to, const float* const* in, const float* c, int
 template <bool Continue>
 void sum_up_to_four(float* to, const float* const* in, const float* c, int terms, int64_t count) {
     switch (terms) {
-        case 1: return sum_terms<1, Continue>(to, in, c, count);
-        case 2: return sum_terms<2, Continue>(to, in, c, count);
-        case 3: return sum_terms<3, Continue>(to, in, c, count);
-        default: return sum_terms<4, Continue>(to, in, c, count);
+        case 1:
+            return sum_terms<1, Continue>(to, in, c, count);
+        case 2:
+            return sum_terms<2, Continue>(to, in, c, count);
+        case 3:
+            return sum_terms<3, Continue>(to, in, c, count);
+        default:
+            return sum_terms<4, Continue>(to, in, c, count);
     }
 }
 
@@ -108,12 +112,18 @@ class StepTile {
     // A term of a tensor that was not given is dropped, as one with a zero weight is.
     bool has(int k) const {
         switch (k) {
-            case kX: return p_.x.data;
-            case kE: return p_.cond.data;
-            case kU: return p_.uncond.data;
-            case kDenoised: return true;
-            case kKnown: return p_.known.data;
-            default: return p_.history[k - kFirstHistory].data;
+            case kX:
+                return p_.x.data;
+            case kE:
+                return p_.cond.data;
+            case kU:
+                return p_.uncond.data;
+            case kDenoised:
+                return true;
+            case kKnown:
+                return p_.known.data;
+            default:
+                return p_.history[k - kFirstHistory].data;
         }
     }
 
@@ -123,12 +133,18 @@ class StepTile {
         const float*& known = inputs_[k];
         if (known) return known;
         switch (k) {
-            case kX: return known = load_into(p_.x, k);
-            case kE: return known = guided();
-            case kU: return known = load_into(p_.uncond, k);
-            case kDenoised: return known = denoised();
-            case kKnown: return known = load_into(p_.known, k);
-            default: return known = load_into(p_.history[k - kFirstHistory], k);
+            case kX:
+                return known = load_into(p_.x, k);
+            case kE:
+                return known = guided();
+            case kU:
+                return known = load_into(p_.uncond, k);
+            case kDenoised:
+                return known = denoised();
+            case kKnown:
+                return known = load_into(p_.known, k);
+            default:
+                return known = load_into(p_.history[k - kFirstHistory], k);
         }
     }
 

@@ -212,7 +212,8 @@ static inline float sum_tree(float* values, int64_t count) {
         const int64_t chunks = (count + kChunk - 1) / kChunk;
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t left = count - c * kChunk;
-            for (int64_t i = 0; i < kChunk; ++i) chunk[i] = i < left ? values[c * kChunk + i] : 0.0f;
+            for (int64_t i = 0; i < kChunk; ++i)
+                chunk[i] = i < left ? values[c * kChunk + i] : 0.0f;
             values[c] = sum_chunk(chunk);
         }
         count = chunks;
