@@ -39,7 +39,7 @@ HEADERS = ("macros.h", "elementary.h", "normal.h", "philox.h")
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 TESTU01 = ["-DTESTU01", "-ltestu01", "-lprobdist", "-lmylib", "-lm"]
 ORDERS = ("blocks", "samples", "steps", "streams", "seeds", "fresh seeds")
-BEYOND = re.compile(r"^  \S.*(unusual|suspicious|SUSPICIOUS|FAIL).*$", re.MULTILINE)
+RARE = re.compile(r"(unusual|suspicious|SUSPICIOUS|FAIL)")
 
 
 def compiled(folder: Path, *options: str) -> Path | None:
@@ -202,35 +202,43 @@ def words(program: Path, quick: bool) -> dict:
     return found
 
 
+def practrand_of(program: Path, tester: str, order: str, bits: str, length: str) -> dict:
+    with subprocess.Popen([program, "words", order, bits], stdout=subprocess.PIPE) as source:
+        options = ("-tlmin", "64MB", "-tlmax", length)
+        text = output(tester, "stdin32", *options, stdin=source.stdout).decode()
+        source.kill()
+    reached, count, listed = 0, 0, []
+    for line in text.splitlines():
+        if found := re.search(r"^length= .*\(2\^(\d+) bytes\)", line):
+            reached = int(found[1])
+        elif found := re.search(r"(?:no anomalies in|and) (\d+) test result", line):
+            count += int(found[1])
+        elif RARE.search(line):
+            count += 1
+            listed.append(f"2^{reached}: {' '.join(line.split())}")
+    return {
+        "version": re.search(r"version ([\d.]+)", text)[1],
+        "order": order,
+        "bits": bits,
+        "log2_bytes": reached,
+        "results": count,
+        "anomalies": listed,
+    }
+
+
 def practrand(program: Path, quick: bool) -> list[dict]:
     """PractRand's standard tests, an entry for each order of the words."""
     tester = shutil.which("RNG_test")
     if not tester:
         return [{"absent": "no RNG_test on PATH (Debian 12 has no package of PractRand)"}]
     entries = []
-    version = re.search(r"version ([\d.]+)", output(tester, "-version").decode()).group(1)
-    for order, bits, gigabytes in (
-        *((order, "forward", 16 if order == "blocks" else 8) for order in ORDERS),
-        ("blocks", "reversed", 4),
-        ("samples", "reversed", 4),
+    lengths = {"blocks": "16GB", "steps": "16GB"}
+    for order, bits, length in (
+        *((order, "forward", lengths.get(order, "8GB")) for order in ORDERS),
+        ("blocks", "reversed", "4GB"),
+        ("samples", "reversed", "4GB"),
     ):
-        length = "256MB" if quick else f"{gigabytes}GB"
-        with subprocess.Popen([program, "words", order, bits], stdout=subprocess.PIPE) as source:
-            options = ("-tlmin", "64MB", "-tlmax", length)
-            text = output(tester, "stdin32", *options, stdin=source.stdout).decode()
-            source.kill()
-        reached = re.findall(r"length= (.*?) \(2\^(\d+) bytes\)", text)[-1]
-        lines = [" ".join(match.group().split()) for match in BEYOND.finditer(text)]
-        entry = {
-            "version": version,
-            "order": order,
-            "bits": bits,
-            "length": reached[0],
-            "log2_bytes": int(reached[1]),
-            "results": sum(map(int, re.findall(r"(?:no anomalies in|and) (\d+) test result", text)))
-            + len(lines),
-            "anomalies": lines,
-        }
+        entry = practrand_of(program, tester, order, bits, "256MB" if quick else length)
         print(entry, flush=True)
         entries.append(entry)
     return entries

@@ -66,8 +66,12 @@ def sample(found: dict) -> list[str]:
     for i, (t, _) in enumerate(orders["blocks"]["tails"]):
         expected = 2 * n * stats.norm.sf(t)
         seen = [each["tails"][i][1] for each in orders.values()]
-        scores = [f"{k} ({(k - expected) / expected**0.5:+.1f})" for k in seen]
-        tails.append((t, f"{expected:.1f}", *scores))
+        scores = [
+            f" ({(k - expected) / expected**0.5:+.1f})" if expected > 25 else "" for k in seen
+        ]
+        tails.append(
+            (t, f"{expected:.1f}", *(f"{k}{z}" for k, z in zip(seen, scores, strict=True)))
+        )
     return [
         "## Normals",
         "",

@@ -23,19 +23,6 @@ SOLVERS: dict[str, Callable[..., Plan]] = {
 }
 
 
-class Stopwatch:
-    """A model that adds up the time spent in it."""
-
-    def __init__(self, model: Callable[..., Any]) -> None:
-        self.model, self.seconds = model, 0.0
-
-    def __call__(self, *arguments: Any) -> Any:
-        start = time.perf_counter()
-        result = self.model(*arguments)
-        self.seconds += time.perf_counter() - start
-        return result
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="fastgen", description=__doc__)
@@ -102,20 +89,27 @@ def sample_digits(
     progress: bool = False,
 ) -> tuple[Tensor, float, float]:
     """(images (B, 1, 16, 16), seconds in the network, seconds in the sampler)."""
-    timed = Stopwatch(model)
-    start = time.perf_counter()
-    images = fastgen.sample(
-        timed,
+    from tqdm.auto import tqdm
+
+    network = sampler = 0.0
+    unconditional = torch.full_like(labels, int(model.unconditional))  # type: ignore[arg-type]
+    both = torch.cat([unconditional, labels])
+    x = fastgen.randn((len(labels), 1, 16, 16), seed=seed, device=labels.device)
+    loop = fastgen.Loop(
         plan,
-        (len(labels), 1, 16, 16),
-        seed=seed,
+        x,
+        seed=seed if plan.stochastic else None,
         guidance_scale=guidance,
-        cond=labels,
-        uncond=torch.full_like(labels, int(model.unconditional)),  # type: ignore[arg-type]
-        progress=progress,
-        device=labels.device,
+        guided=True,
     )
-    return images, timed.seconds, time.perf_counter() - start - timed.seconds
+    for _ in tqdm(range(len(plan)), desc="sampling", unit="step", disable=not progress):
+        start = time.perf_counter()
+        output = model(loop.model_input, loop.time, both)
+        middle = time.perf_counter()
+        loop.step(output)
+        network += middle - start
+        sampler += time.perf_counter() - middle
+    return loop.x, network, sampler
 
 
 def decode_prior(model: torch.nn.Module, name: str, count: int, seed: int, device: str) -> Tensor:
