@@ -1,5 +1,5 @@
 // The program behind noise_quality.py:
-//     exact               JSON: every radius word and every angle word, against float64
+//     exact               JSON: every radius word, every angle word and exp, against float64
 //     sample ORDER LOG2   JSON: histogram and errors of 2^LOG2 normals
 //     normals COUNT       that many float32 normals, raw
 //     words ORDER BITS    random words without end, raw; BITS: forward | reversed
@@ -44,17 +44,17 @@ double error_in_ulp(float value, double truth) {
 
 struct Worst {
     double error = 0.0;
-    float u = 0.0f;
+    float at = 0.0f;
     std::vector<double> curve;
 
     explicit Worst(size_t bins) : curve(bins) {}
-    void add(float value, double truth, float at, size_t bin) {
+    void add(float value, double truth, float x, size_t bin) {
         const double now = error_in_ulp(value, truth);
         if (now > curve[bin]) curve[bin] = now;
-        if (now > error) error = now, u = at;
+        if (now > error) error = now, at = x;
     }
     void print(const char* name) const {
-        printf("\"%s\": {\"ulp\": %.6f, \"u\": \"%a\", \"curve\": [", name, error, u);
+        printf("\"%s\": {\"ulp\": %.6f, \"at\": \"%a\", \"curve\": [", name, error, at);
         for (size_t i = 0; i < curve.size(); ++i) printf("%s%.4g", i ? "," : "", curve[i]);
         printf("]},\n");
     }
@@ -183,6 +183,19 @@ void sweep_angle() {
     sine_error.print("sin");
     cosine_moments.print("cos_moments");
     sine_moments.print("sin_moments");
+}
+
+// Every x whose exponential is a normal float32 and not within half an ulp of 1.
+void sweep_exp() {
+    Worst error(177);  // by floor(x) from -88
+    for (const uint32_t sign : {0u, 0x80000000u})
+        for (uint32_t bits = float_bits(0x1p-26f); bits < float_bits(89.0f); ++bits) {
+            const float x = bits_float(bits | sign);
+            const double truth = exp(double(x));
+            if (truth < 0x1p-126 || truth >= 0x1p128) break;
+            error.add(exp_any(x), truth, x, size_t(floor(x) + 88.0f));
+        }
+    error.print("exp");
 }
 
 // The contract's counters, (block, step << 8 | stream, id low, id high), in one of several orders.
@@ -328,6 +341,7 @@ int main(int argc, char** argv) {
         printf("{");
         sweep_radius();
         sweep_angle();
+        sweep_exp();
         printf("\"words\": 4294967296}\n");
     } else if (!strcmp(mode, "sample")) {
         sample(order, argc > 3 ? atoi(argv[3]) : 0);
