@@ -35,9 +35,9 @@ def exact(found: dict) -> list[str]:
         f"r = 0. r takes {found['distinct_radii']:,} values.",
         "",
         *table(("function", "worst error, ulp of the result", "at"), rows),
-        "log, radius = sqrt(-2 log u), cos and sin of 2 pi u over every u; exp, which scales learned "
-        "variances, over every x of at least 2^-26 in size with a normal float32 result. (cos, sin) "
-        f"leaves the unit circle by at most {found['norm_error']:.2e} of its radius.",
+        "log, radius = sqrt(-2 log u), cos and sin of 2 pi u over every u; exp, which scales "
+        "learned variances, over every x of at least 2^-26 in size with a normal float32 result. "
+        f"(cos, sin) leaves the unit circle by at most {found['norm_error']:.2e} of its radius.",
         "",
         "Moments of z0 = r cos and z1 = r sin over all words, before the product is rounded:",
         "",
