@@ -276,6 +276,7 @@ py::object quick_step(py::handle operands, py::handle noise, py::handle out, py:
         return declined;
     memcpy(&p.row, PyBytes_AS_STRING(row.ptr()), sizeof(StepRow));
     p.guidance_scale = float(guidance);
+    p.fresh = out.is_none();
     p.draws = !seed.is_none();
     if (p.draws) {
         read_plain_key(p.key, seed, noise_step);

@@ -78,6 +78,8 @@ struct StepParams {
     StepRow row;
     float guidance_scale;
     NoiseKey key;
+    int32_t
+        fresh;  // whether the output's memory is new: its first touch is best left in the caches
     int32_t draws;  // whether a seed was given: z_m that is not given is drawn
     int32_t stream[kNoises];
 };

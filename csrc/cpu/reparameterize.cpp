@@ -13,15 +13,23 @@ struct Buffers {
     alignas(64) float mean[kChunk], logvar[kChunk], noise[kChunk], grad[kChunk], out[kChunk];
 };
 
-// exp(logvar / 2) into `deviation`, clamped log-variance into `clamped`.
-void deviations(const ReparameterizeParams& p, const float* logvar, int64_t count, float* clamped,
-                float* deviation) {
-    const float low = p.clamp_low, high = p.clamp_high;
-    for (int64_t i = 0; i < count; ++i) {
-        const float raised = logvar[i] < low ? low : logvar[i];
-        clamped[i] = raised > high ? high : raised;
-        deviation[i] = exp_any(0.5f * clamped[i]);
+bool clamps(const ReparameterizeParams& p) {
+    return p.clamp_low != -INFINITY || p.clamp_high != INFINITY;
+}
+
+// exp(logvar / 2) into `deviation`; returns the log-variance, clamped into `room` where asked for.
+const float* deviations(const ReparameterizeParams& p, const float* logvar, int64_t count,
+                        float* room, float* __restrict deviation) {
+    if (clamps(p)) {
+        const float low = p.clamp_low, high = p.clamp_high;
+        for (int64_t i = 0; i < count; ++i) {
+            const float raised = logvar[i] < low ? low : logvar[i];
+            room[i] = raised > high ? high : raised;
+        }
+        logvar = room;
     }
+    for (int64_t i = 0; i < count; ++i) deviation[i] = exp_any(0.5f * logvar[i]);
+    return logvar;
 }
 
 const float* noise_of(const ReparameterizeParams& p, const Tile& tile, float* buffer) {
@@ -30,61 +38,67 @@ const float* noise_of(const ReparameterizeParams& p, const Tile& tile, float* bu
     return buffer;
 }
 
+// Where results go before the store: the tensor's own memory where they may.
+void finish(const Shape& shape, const Tensor& out, const Tile& tile, const float* values,
+            const float* buffer) {
+    if (values == buffer) store(shape, out, tile, values);
+}
+
 void forward_tile(const ReparameterizeParams& p, const Tile& tile, int64_t chunks) {
     Buffers b;
     alignas(64) float deviation[kChunk];
     const int64_t count = tile.count;
     const float* mean = load(p.shape, p.mean, tile, b.mean);
-    deviations(p, load(p.shape, p.logvar, tile, b.logvar), count, b.logvar, deviation);
+    const float* logvar = load(p.shape, p.logvar, tile, b.logvar);
+    logvar = deviations(p, logvar, count, b.logvar, deviation);
     float* divergence = b.grad;
     if (p.partials) {  // before z is written: out may be mean or logvar itself
         for (int64_t i = 0; i < count; ++i)
-            divergence[i] =
-                ((mean[i] * mean[i] + deviation[i] * deviation[i]) - 1.0f) - b.logvar[i];
+            divergence[i] = ((mean[i] * mean[i] + deviation[i] * deviation[i]) - 1.0f) - logvar[i];
         for (int64_t i = count; i < kChunk; ++i) divergence[i] = 0.0f;
         p.partials[tile.sample * chunks + tile.start / kChunk] = sum_chunk(divergence);
     }
     if (!p.out.data) return;
     const float* z = noise_of(p, tile, b.noise);
-    for (int64_t i = 0; i < count; ++i) b.out[i] = mean[i] + deviation[i] * z[i];
-    store(p.shape, p.out, tile, b.out);
+    float* to = destination(p.shape, p.out, tile, b.out);
+    for (int64_t i = 0; i < count; ++i) to[i] = mean[i] + deviation[i] * z[i];
+    finish(p.shape, p.out, tile, to, b.out);
 }
 
 void backward_tile(const ReparameterizeParams& p, const Tile& tile) {
     Buffers b;
     alignas(64) float deviation[kChunk], clamped[kChunk], result[kChunk];
     const int64_t count = tile.count;
-    const float* mean = load(p.shape, p.mean, tile, b.mean);
     const float* logvar = load(p.shape, p.logvar, tile, b.logvar);
-    deviations(p, logvar, count, clamped, deviation);
+    const float* bounded = deviations(p, logvar, count, clamped, deviation);
     const float* grad = nullptr;
     if (p.grad_out.data) grad = load(p.shape, p.grad_out, tile, b.grad);
     const float grad_kl = p.grad_kl ? p.grad_kl[tile.sample] : 0.0f;
     if (p.grad_logvar.data) {
-        float* to = b.out;
-        if (grad) {
-            const float* z = noise_of(p, tile, b.noise);
-            for (int64_t i = 0; i < count; ++i) to[i] = 0.5f * (grad[i] * (deviation[i] * z[i]));
-        } else {
-            for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
+        float* to = destination(p.shape, p.grad_logvar, tile, b.out);
+        const float* z = grad ? noise_of(p, tile, b.noise) : nullptr;
+        const bool divergence = p.grad_kl != nullptr;
+        for (int64_t i = 0; i < count; ++i) {
+            float sum = grad ? 0.5f * (grad[i] * (deviation[i] * z[i])) : 0.0f;
+            if (divergence) sum = sum + (0.5f * grad_kl) * (deviation[i] * deviation[i] - 1.0f);
+            to[i] = bounded[i] == logvar[i] ? sum : 0.0f;
         }
-        if (p.grad_kl)
-            for (int64_t i = 0; i < count; ++i)
-                to[i] = to[i] + (0.5f * grad_kl) * (deviation[i] * deviation[i] - 1.0f);
-        for (int64_t i = 0; i < count; ++i) to[i] = clamped[i] == logvar[i] ? to[i] : 0.0f;
-        store(p.shape, p.grad_logvar, tile, to);
+        finish(p.shape, p.grad_logvar, tile, to, b.out);
     }
     if (p.grad_noise.data) {
-        for (int64_t i = 0; i < count; ++i) result[i] = grad[i] * deviation[i];
-        store(p.shape, p.grad_noise, tile, result);
+        float* to = destination(p.shape, p.grad_noise, tile, result);
+        for (int64_t i = 0; i < count; ++i) to[i] = grad[i] * deviation[i];
+        finish(p.shape, p.grad_noise, tile, to, result);
     }
     if (p.grad_mean.data) {
+        const float* mean = load(p.shape, p.mean, tile, b.mean);
+        float* to = destination(p.shape, p.grad_mean, tile, result);
         for (int64_t i = 0; i < count; ++i) {
             float sum = grad ? grad[i] : 0.0f;
             if (p.grad_kl) sum = sum + grad_kl * mean[i];
-            result[i] = sum;
+            to[i] = sum;
         }
-        store(p.shape, p.grad_mean, tile, result);
+        finish(p.shape, p.grad_mean, tile, to, result);
     }
 }
 

@@ -235,7 +235,7 @@ Writing choose_writing(const StepParams& p) {
         for (const Tensor& in : p.given_noise) in_place |= in.data == out.data;
     }
     if (in_place) return Writing::kBuffered;
-    return bytes >= kStreamBytes ? Writing::kStream : Writing::kDirect;
+    return bytes >= kStreamBytes && !p.fresh ? Writing::kStream : Writing::kDirect;
 }
 
 }  // namespace

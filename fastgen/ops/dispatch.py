@@ -43,11 +43,12 @@ def is_eager() -> bool:
     )
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether all are ordinary tensors that need no gradient, outside modes and transforms."""
+def is_plain(*tensors: Tensor | None, recording: bool = False) -> bool:
+    """Whether all are ordinary tensors, outside modes and transforms, that need no gradient;
+    recording: or that need one, for an autograd.Function to record."""
     if not is_eager():
         return False
-    grad = torch.is_grad_enabled()
+    grad = torch.is_grad_enabled() and not recording
     for tensor in tensors:
         if tensor is None:
             continue

@@ -74,6 +74,11 @@ def reparameterize(
         if out is not None:
             torch.autograd.graph.increment_version(out)
         return z if kl is None else (z, kl)
+    if name != "reference" and out is None and is_plain(mean, logvar, noise, recording=True):
+        z, kl = _Reparameterize.apply(
+            mean, logvar, noise, seed_words, ids, step_count, return_kl, *bounds, name
+        )
+        return z if kl is None else (z, kl)
     seeds, id_tensor = kernel._seed_tensors(seed_words, ids, batch, device)
     if name == "reference":
         if seeds is not None and id_tensor is not None:
@@ -182,7 +187,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "reparameterize_backward(Tensor mean, Tensor logvar, Tensor? noise, Tensor? seeds, "
-    "Tensor? sample_ids, SymInt step, Tensor? grad_z, Tensor? grad_kl, bool grad_noise, "
+    "Tensor? sample_ids, SymInt step, Tensor? grad_z, Tensor? grad_kl, bool wants_mean, "
+    "bool wants_noise, "
     "float low, float high, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -214,23 +220,54 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, grad_z, grad_kl):
     mean, logvar, noise, seeds, sample_ids = ctx.saved_tensors
     step, return_kl, low, high, backend = ctx.rest
-    if not return_kl:
-        grad_kl = None
-    if not _draws(seeds, noise):
-        grad_z = None
-    grads: tuple = (None, None, None)
-    if grad_z is not None or grad_kl is not None:
-        wants_noise = noise is not None and noise.requires_grad and grad_z is not None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # double backward
-            grads = _backward_formula(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl,
-                                      low, high)  # fmt: skip
-        else:
-            grads = torch.ops.fastgen.reparameterize_backward(
-                mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_noise, low,
-                high, backend)  # fmt: skip
-        if not wants_noise:
-            grads = (grads[0], grads[1], None)
+    grads = _gradients(mean, logvar, noise, seeds, sample_ids, step, grad_z,
+                       grad_kl if return_kl else None, low, high, backend)  # fmt: skip
     return *grads, None, None, None, None, None, None, None
+
+
+class _Reparameterize(torch.autograd.Function):
+    """The registered op's twin for eager calls, without its cost: the key stays on the host."""
+
+    @staticmethod
+    def forward(ctx, mean, logvar, noise, seed, ids, step, return_kl, low, high, backend):
+        tensors = [seed[0] if isinstance(seed, tuple) else None,
+                   ids if isinstance(ids, Tensor) else None]  # fmt: skip
+        ctx.save_for_backward(mean, logvar, noise, *tensors)
+        ctx.set_materialize_grads(False)
+        ctx.rest = (seed if isinstance(seed, int) else None, step, low, high, backend)
+        z = torch.empty_like(mean)
+        kl = _launch(backend, mean, logvar, noise, z, return_kl, (low, high), seed, ids, step)
+        return z, kl
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_kl):
+        mean, logvar, noise, seeds, ids = ctx.saved_tensors
+        seed, step, low, high, backend = ctx.rest
+        grads = _gradients(mean, logvar, noise, seeds if seed is None else seed, ids, step,
+                           grad_z, grad_kl, low, high, backend)  # fmt: skip
+        return *grads, None, None, None, None, None, None, None
+
+
+def _gradients(mean, logvar, noise, seeds, ids, step, grad_z, grad_kl, low, high, backend):
+    """(mean's, logvar's, noise's); ``seeds``: int64 tensor, or an int where eager."""
+    if seeds is None and noise is None:
+        grad_z = None
+    if grad_z is None and grad_kl is None:
+        return None, None, None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # double backward
+        if isinstance(seeds, int):
+            seeds, ids = kernel._seed_tensors(seeds, 0 if ids is None else ids, mean.shape[0],
+                                              mean.device)  # fmt: skip
+        return _backward_formula(mean, logvar, noise, seeds, ids, step, grad_z, grad_kl, low, high)
+    wants_noise = noise is not None and noise.requires_grad and grad_z is not None
+    passes = grad_kl is None and grad_z.dtype == mean.dtype  # d z / d mean = 1
+    function = _backward_kernel if isinstance(seeds, int) else (
+        torch.ops.fastgen.reparameterize_backward
+    )  # fmt: skip
+    grad_mean, grad_logvar, grad_noise = function(
+        mean, logvar, noise, seeds, ids, step, grad_z, grad_kl, not passes, wants_noise, low, high,
+        backend)  # fmt: skip
+    return grad_z if passes else grad_mean, grad_logvar, grad_noise if wants_noise else None
 
 
 def _backward_formula(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, low, high):
@@ -259,25 +296,29 @@ def _backward_formula(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad
     )
 
 
-def _backward_kernel(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_noise,
-                     low, high, backend):  # fmt: skip
+def _backward_kernel(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_mean,
+                     wants_noise, low, high, backend):  # fmt: skip
     grad_mean, grad_logvar, grad_noise = _backward_fake(
-        mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_noise, low, high,
-        backend)  # fmt: skip
+        mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_mean, wants_noise, low,
+        high, backend)  # fmt: skip
+    seed = seeds
+    if isinstance(seeds, Tensor):
+        seed = (seeds.contiguous(), int(seeds.numel() > 1))
     kernel.call(
         backend, "reparameterize", "reparameterize_backward", mean.device, tuple(mean.shape),
         mean, logvar, noise, grad_z, None if grad_kl is None else grad_kl.float().contiguous(),
-        grad_mean, grad_logvar, grad_noise if wants_noise else None, (low, high),
-        None if seeds is None else (seeds.contiguous(), int(seeds.numel() > 1)),
-        0 if sample_ids is None else sample_ids.contiguous(), step, REPARAMETERIZE,
+        grad_mean if wants_mean else None, grad_logvar, grad_noise if wants_noise else None,
+        (low, high), seed, 0 if sample_ids is None else sample_ids.contiguous(), step,
+        REPARAMETERIZE,
     )  # fmt: skip
     return grad_mean, grad_logvar, grad_noise
 
 
-def _backward_fake(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_noise, low,
-                   high, backend):  # fmt: skip
+def _backward_fake(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_mean,
+                   wants_noise, low, high, backend):  # fmt: skip
+    grad_mean = torch.empty_like(mean) if wants_mean else mean.new_empty(0)
     grad_noise = torch.empty_like(noise) if wants_noise else mean.new_empty(0)
-    return torch.empty_like(mean), torch.empty_like(logvar), grad_noise
+    return grad_mean, torch.empty_like(logvar), grad_noise
 
 
 LIBRARY.impl("reparameterize", _kernel, "CompositeExplicitAutograd")
