@@ -75,8 +75,12 @@ class Call {
     }
 
     // ordered: the order of elements matters (noise, reductions); per_sample: the batch does.
+    bool try_lay_out(Shape& shape, bool ordered, bool per_sample) {
+        return coalesce(shape, rank_, size_, count_, stride_, tensors_, ordered, per_sample);
+    }
+
     void lay_out(Shape& shape, bool ordered, bool per_sample) {
-        if (!coalesce(shape, rank_, size_, count_, stride_, tensors_, ordered, per_sample))
+        if (!try_lay_out(shape, ordered, per_sample))
             throw py::value_error("a layout of more than 8 separate dimensions");
     }
 
@@ -230,19 +234,20 @@ class Ordinary {
     }
 
     // Lays everything out over the output's shape, the output first.
-    void lay_out(Shape& shape, Tensor& out, bool ordered, bool per_sample) {
+    // False where they take more separate dims than a kernel walks.
+    bool lay_out(Shape& shape, Tensor& out, bool ordered, bool per_sample) {
         Call call(out_);
         call.add(out, out_);
         for (int i = 0; i < count_; ++i) call.add(*slots_[i], views_[i]);
-        call.lay_out(shape, ordered, per_sample);
+        return call.try_lay_out(shape, ordered, per_sample);
     }
 
     py::object result;
 
    private:
     bool see(PyObject* tensor, View& view) const {
-        return is_ordinary(tensor, grad_) && try_look_at(tensor, view) && view.on_cpu &&
-               view.dtype >= 0;
+        return is_ordinary(tensor, grad_) && try_look_at(tensor, view) && view.ndim <= kMaxRank &&
+               view.on_cpu && view.dtype >= 0;
     }
 
     static constexpr int kRoom = 16;
@@ -265,7 +270,7 @@ py::object quick_step(py::handle operands, py::handle noise, py::handle out, py:
                       double guidance, py::handle seed, int64_t noise_step, py::handle streams,
                       bool grad, int threads) {
     const py::object declined = py::reinterpret_borrow<py::object>(Py_NotImplemented);
-    if (!std::isfinite(guidance)) return declined;
+    if (!std::isfinite(float(guidance))) return declined;
     StepParams p{};
     Tensor* const slots[] = {&p.x, &p.cond, &p.uncond, &p.known, &p.logvar};
     Ordinary tensors(grad);
@@ -283,7 +288,7 @@ py::object quick_step(py::handle operands, py::handle noise, py::handle out, py:
         for (int m = 0; m < int(PyTuple_GET_SIZE(streams.ptr())) && m < kNoises; ++m)
             p.stream[m] = int32_t(as_int(PyTuple_GET_ITEM(streams.ptr(), m)));
     }
-    tensors.lay_out(p.shape, p.out[0], p.draws, p.draws);
+    if (!tensors.lay_out(p.shape, p.out[0], p.draws, p.draws)) return declined;
     if (p.draws && p.shape.elements > kMaxNoiseElements) return declined;
     run_cpu(cpu_kernels().step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
     return tensors.result;
@@ -304,7 +309,7 @@ py::object quick_reparameterize(py::handle mean, py::handle logvar, py::handle n
     p.clamp_high = INFINITY;
     if (!seed.is_none()) read_plain_key(p.key, seed, noise_step);
     p.stream = noise_stream;
-    tensors.lay_out(p.shape, p.out, true, true);
+    if (!tensors.lay_out(p.shape, p.out, true, true)) return declined;
     if (p.shape.elements > kMaxNoiseElements) return declined;
     run_cpu(cpu_kernels().reparameterize, p, kNoiseGrain, threads);
     return tensors.result;

@@ -120,7 +120,7 @@ bool try_look_at(PyObject* tensor, View& view) {
     try {
         look_at(tensor, view);
         return true;
-    } catch (const py::error_already_set&) {
+    } catch (const std::exception&) {
         return false;
     }
 }

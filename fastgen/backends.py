@@ -12,6 +12,9 @@ import os
 import warnings
 
 import torch
+from torch.autograd import forward_ad
+
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 try:
     from . import _native
@@ -117,7 +120,22 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
 
     Raises ValueError for an unknown backend, or for a named one that cannot serve (with why).
     """
-    return _choose(op, backend, device.type, dtype)
+    name = _choose(op, backend, device.type, dtype)
+    if name != "reference" and _is_transformed():
+        if backend is not None:
+            raise ValueError(
+                f"backend: {backend!r} cannot serve {op} under forward-mode differentiation, a "
+                "torch.func transform or torch.jit.trace; 'reference' can"
+            )
+        return "reference"
+    return name
+
+
+def _is_transformed() -> bool:
+    """Inside torch.func's transforms, forward-mode AD or torch.jit.trace, which miss a kernel."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or _transforms() is not None or torch._C._is_tracing()
 
 
 def table(device_types: tuple[str, ...] = ("cpu", "cuda")) -> list[tuple[str, str, str, str]]:

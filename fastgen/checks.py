@@ -15,6 +15,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ELEMENTS = 1 << 34  # of one sample: what the counter's 32-bit block can hold
 MAX_STEPS = 1 << 24
+_LARGEST = 3.4028234663852886e38  # float32's
 
 
 def tensor(name: str, value: Any, *, batch: bool = True) -> Tensor:
@@ -48,9 +49,10 @@ def number(name: str, value: Any) -> float:
     """A finite real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a float")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: got {value}, expected a finite number")
-    return float(value)
+    number = float(value)
+    if not -_LARGEST <= number <= _LARGEST:
+        raise ValueError(f"{name}: got {value}, expected a finite number (float32's range)")
+    return number
 
 
 def alpha_bar(name: str, value: Any) -> float:
@@ -152,7 +154,8 @@ def per_sample(name: str, value: Any, batch: int, device: torch.device) -> float
     if isinstance(value, numbers.Real):
         return number(name, value)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        value = torch.tensor([number(name, v) for v in value], device=device)
+        listed = [number(name, v) for v in value]
+        value = torch.tensor(listed, dtype=torch.float64, device=device)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: got {type(value).__name__}, expected a float or one per sample")
     if value.device != device and value.numel() == 1 and value.ndim == 0:
@@ -197,7 +200,7 @@ def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.devi
         raise ValueError("out: requires grad; an output is written without a gradient")
     if value.numel() == 0 or torch.compiler.is_compiling():
         return value
-    if not value.is_contiguous() and torch._debug_has_internal_overlap(value) == 1:
+    if not value.is_contiguous() and not _is_injective(value):
         raise ValueError("out: several of its elements share memory (an expanded tensor)")
     for given in inputs:
         if given is not None and given is not value and not _same_view(value, given):
@@ -206,6 +209,17 @@ def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.devi
                     "out: overlaps an input partly; give the input itself, or other memory"
                 )
     return value
+
+
+def _is_injective(value: Tensor) -> bool:
+    """Whether each element has memory of its own: no dim reaches into the span of smaller ones."""
+    span = 0
+    for stride, count in sorted(zip(value.stride(), value.shape, strict=True)):
+        if count > 1:
+            if stride <= span:
+                return False
+            span += stride * (count - 1)
+    return True
 
 
 def apart(outs: Sequence[Tensor]) -> None:

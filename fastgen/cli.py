@@ -40,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        parser.exit(2, f"fastgen: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "fastgen: interrupted\n")
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, AssertionError) as error:
+        parser.exit(2, f"fastgen: {str(error).splitlines()[0]}\n")
     return 0
 
 
@@ -71,12 +73,13 @@ def labels_of(text: str) -> list[int]:
     """ "0-9" or "3,1,4" as a list of digits. ValueError for anything else."""
     labels: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        first, dash, last = part.partition("-")
+        single = len(first) == 1 and len(last) == len(dash)
+        if not single or not (first + last).isascii() or not (first + last).isdigit():
             raise ValueError(f"--labels: got {text!r}, expected digits as in 0-9 or 3,1,4")
+        if int(last or first) < int(first):
+            raise ValueError(f"--labels: got {text!r}, expected a range that rises")
         labels += range(int(first), int(last or first) + 1)
-    if not labels or max(labels) > 9:
-        raise ValueError(f"--labels: got {text!r}, expected digits from 0 to 9")
     return labels
 
 

@@ -44,7 +44,11 @@ class Loop:
         guided: bool = False,
         backend: str | None = None,
     ) -> None:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan: got {type(plan).__name__}, expected a fastgen.Plan")
         checks.tensor("x", x)
+        if any("known" in row.reads for row in plan.rows):
+            raise ValueError("plan: a row reads 'known', which a Loop does not carry: fastgen.step")
         if plan.stochastic and seed is None:
             raise ValueError(f"seed: got None, but {plan.solver or 'the plan'} draws noise")
         self.plan, self.x, self.index = plan, x.detach(), 0
@@ -108,6 +112,8 @@ class Loop:
             checks.like("output", output, "x", self.x)
             if uncond is not None:
                 checks.like("uncond", uncond, "x", self.x)
+        if uncond is None and ("u" in row.reads or not _is_one(self._guidance)):
+            raise ValueError("uncond: got None, but the run is guided or its row reads it")
         targets = self._targets(row)
         kernel.run(
             self.x.shape, self._rows[self.index],
@@ -166,6 +172,10 @@ def _with_input(row: Row) -> Row:
     if len(row.outputs) == MAX_OUTPUTS or _makes_input(row):
         return row
     return replace(row, outputs=(*row.outputs, replace(row.outputs[0], target="input")))
+
+
+def _is_one(guidance: float | Tensor) -> bool:
+    return isinstance(guidance, float) and guidance == 1.0
 
 
 Model = Callable[..., Any]

@@ -1,4 +1,4 @@
-// A tile of standard normals in logical order: 16 Philox blocks (64 normals) at a time.
+// A tile of standard normals in logical order: 32 Philox blocks (128 normals) at a time.
 #pragma once
 
 #include "../math/normal.h"
@@ -7,7 +7,7 @@
 
 namespace fastgen::FASTGEN_ISA {
 
-constexpr int kBlocks = 16;
+constexpr int kBlocks = 32;
 
 // words[j][i]: word j of block `block + i`.
 static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uint32_t c1,
@@ -17,8 +17,8 @@ static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uin
     // half alone, so the high halves may hold anything until the words are packed.
     const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
     const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-    __m512i a[2], b[2], c[2], d[2];
-    for (int half = 0; half < 2; ++half) {
+    __m512i a[kBlocks / 8], b[kBlocks / 8], c[kBlocks / 8], d[kBlocks / 8];
+    for (int half = 0; half < kBlocks / 8; ++half) {
         a[half] = _mm512_add_epi64(_mm512_set1_epi64(uint64_t{block} + 8 * half), lane);
         b[half] = _mm512_set1_epi64(c1);
         c[half] = _mm512_set1_epi64(c2);
@@ -26,7 +26,7 @@ static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uin
     }
     for (int round = 0; round < kPhiloxRounds; ++round) {
         const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < kBlocks / 8; ++half) {
             const __m512i p0 = _mm512_mul_epu32(a[half], m0);
             const __m512i p1 = _mm512_mul_epu32(c[half], m1);
             a[half] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), b[half], key0, 0x96);
@@ -37,7 +37,7 @@ static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uin
         k0 += kPhiloxW0;
         k1 += kPhiloxW1;
     }
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < kBlocks / 8; ++half) {
         const __m512i* columns[4] = {a, b, c, d};
         for (int word = 0; word < 4; ++word)
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(words[word] + 8 * half),
@@ -46,8 +46,8 @@ static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uin
 #elif defined(__AVX2__)
     const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
     const __m256i lane = _mm256_set_epi64x(3, 2, 1, 0);
-    __m256i a[4], b[4], c[4], d[4];
-    for (int part = 0; part < 4; ++part) {
+    __m256i a[kBlocks / 4], b[kBlocks / 4], c[kBlocks / 4], d[kBlocks / 4];
+    for (int part = 0; part < kBlocks / 4; ++part) {
         a[part] = _mm256_add_epi64(_mm256_set1_epi64x(int64_t{block} + 4 * part), lane);
         b[part] = _mm256_set1_epi64x(c1);
         c[part] = _mm256_set1_epi64x(c2);
@@ -55,7 +55,7 @@ static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uin
     }
     for (int round = 0; round < kPhiloxRounds; ++round) {
         const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
-        for (int part = 0; part < 4; ++part) {
+        for (int part = 0; part < kBlocks / 4; ++part) {
             const __m256i p0 = _mm256_mul_epu32(a[part], m0);
             const __m256i p1 = _mm256_mul_epu32(c[part], m1);
             a[part] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), b[part]), key0);
@@ -67,7 +67,7 @@ static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uin
         k1 += kPhiloxW1;
     }
     const __m256i low_halves = _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0);
-    for (int part = 0; part < 4; ++part) {
+    for (int part = 0; part < kBlocks / 4; ++part) {
         const __m256i* columns[4] = {a, b, c, d};
         for (int word = 0; word < 4; ++word)
             _mm_storeu_si128(reinterpret_cast<__m128i*>(words[word] + 4 * part),
@@ -83,7 +83,7 @@ static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uin
 #endif
 }
 
-// z: room for kChunk normals; those of elements [tile.start, tile.start + count rounded up to 64).
+// z: room for kChunk normals; those of elements [tile.start, tile.start + count rounded up to 128).
 static inline void fill_normal(float* z, const NoiseKey& key, int32_t stream, const Tile& tile) {
     const uint64_t seed = key.seeds ? uint64_t(key.seeds[tile.sample * key.seed_stride]) : key.seed;
     const uint64_t id =

@@ -158,6 +158,10 @@ def _check_operands(dims: int, input: Any, weight: Any) -> bool:
         raise ValueError(
             f"weight: got {weight.ndim} dimensions, expected {dims + 2} (C_in, C_out / groups, ...)"
         )
+    if 0 in weight.shape[2:]:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected a kernel of at least 1"
+        )
     if weight.dtype != input.dtype:
         raise TypeError(f"weight: got {weight.dtype}, expected the input's {input.dtype}")
     if weight.device != input.device:

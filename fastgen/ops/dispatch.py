@@ -29,6 +29,7 @@ _dispatch_keys = torch._C._dispatch_keys
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
 _transforms = torch._C._functorch.peek_interpreter_stack
 
 
@@ -40,6 +41,7 @@ def is_eager() -> bool:
         or _function_modes()
         or forward_ad._current_level >= 0
         or _transforms()
+        or _is_tracing()
     )
 
 

@@ -41,8 +41,12 @@ def add_noise(
     Returns x_t, or a tuple (x_t, eps, v) of what was asked for. Raises TypeError or ValueError for
     what does not fit.
     """
+    if isinstance(alpha_bar, Sequence) and not isinstance(alpha_bar, str | bytes):
+        levels = [checks.alpha_bar("alpha_bar", a) for a in alpha_bar]
+        alpha_bar = torch.tensor(levels, dtype=torch.float64, device=getattr(x0, "device", None))
     if (
-        backend is None and sample_ids is None and not (return_noise or return_velocity)
+        x0 is not None
+        and backend is None and sample_ids is None and not (return_noise or return_velocity)
         and type(alpha_bar) is float and (seed is None) != (noise is None)
         and (seed is None or step is not None)
     ):  # fmt: skip
@@ -74,6 +78,7 @@ def add_noise(
 
 
 @functools.lru_cache(1024)
+@torch.compiler.assume_constant_result
 def _row(level: float, return_noise: bool, return_velocity: bool) -> Row:
     signal, sigma = np.sqrt(level), np.sqrt(1.0 - level)
     outputs = [Output({"x": signal}, noise=(sigma,))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,7 +52,15 @@ def cfg_combine(
         raise ValueError(f"rescale: got {rescale}, expected a number in [0, 1]")
     outs = None
     if out is not None:
-        outs = [checks.out(out, cond.shape, cond.dtype, cond.device, (cond, uncond))]
+        outs = [
+            checks.out(
+                out,
+                cond.shape,
+                cond.dtype,
+                cond.device,
+                (cond, uncond, guidance if isinstance(guidance, Tensor) else None),
+            )
+        ]
     name = kernel.choose(backend, cond, uncond)
     scale = None
     if rescale != 0.0:
@@ -82,7 +91,7 @@ def combine(
     row = _weighted(tuple(checks.number(f"weights[{i}]", w) for i, w in enumerate(weights)))
     padded: list[Tensor | None] = [*outputs, *[None] * (3 - len(outputs))]
     x, e, known, *history = padded
-    if backend is None:
+    if backend is None and all(tensor is not None for tensor in outputs):
         result = kernel.quick(row, x, e, None, known, None, *history, out=out)
         if result is not None:
             return result
@@ -98,6 +107,7 @@ def combine(
 
 
 @functools.lru_cache(1024)
+@torch.compiler.assume_constant_result
 def _weighted(weights: tuple[float, ...]) -> Row:
     return Row((Output(dict(zip(_TERMS, weights, strict=False))),))
 
@@ -108,6 +118,8 @@ def rescale_factor(
     """(B,) float32: rescale * std(cond) / std(guided) + (1 - rescale)."""
     if not isinstance(guidance, Tensor):
         guidance = torch.full((1,), guidance, dtype=torch.float32, device=cond.device)
+    if cond.ndim > kernel.MAX_KERNEL_DIMS:
+        cond, uncond = (t.reshape(t.shape[0], -1) for t in (cond, uncond))
     if backend == "reference":
         return reference.rescale(cond, uncond, guidance, rescale)
     if is_plain(cond, uncond, guidance):
@@ -148,7 +160,7 @@ def _rescale_backward(ctx, grad):
     c, u = cond.float(), uncond.float()
     g = per_sample(guidance, c)
     guided = torch.where(g == 1, c, u + g * (c - u))
-    freedom = c[0].numel() - 1
+    freedom = math.prod(c.shape[1:]) - 1
 
     def spread(v):
         centred = v - per_sample(per_sample_rows(v).mean(1), v)

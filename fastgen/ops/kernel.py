@@ -7,6 +7,7 @@ transforms and gradients, with all numbers in tensors so that nothing is frozen 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ from ..reference.step import step as reference_step
 from ..reference.step_gradients import step_gradients
 from .dispatch import LIBRARY, is_eager, is_plain
 
+MAX_KERNEL_DIMS = 8  # beyond, tensors are flattened by a copy
 STEP_STREAMS = (2, 8, 9, 10)  # of z_0 ... z_3, in the noise contract
 
 Seed = int | tuple[Tensor, int] | None
@@ -121,7 +123,22 @@ def run(
     or, with ``row_index`` (int64, one element), a table from which that row is taken; the index is
     also added to the noise's ``step``.
     """
-    tensors = (x, cond, uncond, known, logvar, output_scale, *history, *noise)
+    if len(shape) > MAX_KERNEL_DIMS and backend != "reference":
+
+        def flat(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.reshape(shape[0], -1)
+
+        results = run(
+            (shape[0], math.prod(shape[1:])), row, backend=backend, dtypes=dtypes, device=device,
+            x=flat(x), cond=flat(cond), uncond=flat(uncond), known=flat(known),
+            logvar=flat(logvar), history=tuple(map(flat, history)),
+            noise=tuple(n.reshape(shape[0], -1) for n in noise), row_index=row_index,
+            guidance=guidance, output_scale=output_scale, seed=seed, sample_ids=sample_ids,
+            step=step, streams=streams,
+        )  # fmt: skip
+        shaped = [y.reshape(tuple(shape)) for y in results]
+        return shaped if out is None else [o.copy_(y) for o, y in zip(out, shaped, strict=True)]
+    tensors = (x, cond, uncond, known, logvar, output_scale, *history, *noise, *(out or ()))
     if isinstance(row, Tensor):
         tensors += (row,)
     if isinstance(guidance, Tensor):
@@ -165,10 +182,14 @@ def launch(
     """Writes into ``out``, straight through the backend named."""
     if isinstance(row, Tensor):
         rows, packed = row, int(row.shape[0] > 1 and row_index is None)
+        if row_index is not None and row_index.is_cpu:  # a GPU's would synchronise
+            at = checks.integer("row_index", int(row_index), 0, len(row))
+            if seed is not None:
+                checks.step(step + at)
     else:
         rows, packed = None, row.packed
     if isinstance(guidance, Tensor):
-        guidance = (guidance, int(guidance.numel() > 1))
+        guidance = (guidance.float().contiguous(), int(guidance.numel() > 1))
     arguments = (
         tuple(shape), x, cond, uncond, known, logvar, history, noise, tuple(out), packed, rows,
         row_index, guidance, output_scale, seed, sample_ids, step, streams,

@@ -63,7 +63,12 @@ def randn(
     if out is not None:
         checks.tensor("out", out)
     if dtype is None and device is None and backend is None and sample_ids is None:
-        if type(stream) is int and 0 <= stream < 256 and kernel.is_quick(seed, step):
+        if (
+            seed is not None
+            and type(stream) is int
+            and 0 <= stream < 256
+            and kernel.is_quick(seed, step)
+        ):
             given = out
             if out is None and type(shape) in (tuple, torch.Size) and len(shape) > 0:
                 with contextlib.suppress(RuntimeError, TypeError):  # the checks below say why
@@ -79,9 +84,7 @@ def randn(
     if not shape:
         raise ValueError("shape: got (), expected the batch as dimension 0")
     checks.size(shape)
-    device = (
-        torch.empty(0, device=device).device if device is not None else torch.get_default_device()
-    )
+    device = torch.empty(0, device=device).device
     dtype = dtype or torch.float32
     if dtype not in checks.DTYPES:
         raise TypeError(f"dtype: got {dtype}, expected float32, bfloat16, float16 or float64")

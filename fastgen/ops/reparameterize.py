@@ -48,6 +48,7 @@ def reparameterize(
     """
     if (
         backend is None and sample_ids is None and clamp is None and not return_kl
+        and mean is not None and logvar is not None
         and (seed is None) != (noise is None) and (noise is not None or step is not None)
         and kernel.is_quick(seed, step)
     ):  # fmt: skip
@@ -68,7 +69,16 @@ def reparameterize(
     if out is not None:
         checks.out(out, mean.shape, mean.dtype, device, (mean, logvar, noise))
     name = _choose(backend, mean, logvar, noise)
-    if name != "reference" and is_plain(mean, logvar, noise):
+    if mean.ndim > kernel.MAX_KERNEL_DIMS and name != "reference":
+        given = None if noise is None else noise.reshape(batch, -1)
+        made = reparameterize(
+            mean.reshape(batch, -1), logvar.reshape(batch, -1), noise=given, seed=seed,
+            sample_ids=sample_ids, step=step, return_kl=return_kl, clamp=clamp, backend=name,
+        )  # fmt: skip
+        z, kl = made if isinstance(made, tuple) else (made, None)
+        z = z.reshape(mean.shape) if out is None else out.copy_(z.reshape(mean.shape))
+        return z if kl is None else (z, kl)
+    if name != "reference" and is_plain(mean, logvar, noise, out):
         z = torch.empty_like(mean) if out is None else out
         kl = _launch(name, mean, logvar, noise, z, return_kl, bounds, seed_words, ids, step_count)
         if out is not None:
@@ -113,6 +123,8 @@ def gaussian_kl(
     checks.like("logvar", logvar, "mean", mean)
     bounds = _NO_CLAMP if clamp is None else checks.interval("clamp", clamp)
     name = _choose(backend, mean, logvar)
+    if mean.ndim > kernel.MAX_KERNEL_DIMS:
+        mean, logvar = mean.reshape(mean.shape[0], -1), logvar.reshape(mean.shape[0], -1)
     if name == "reference":
         return reference.gaussian_kl(mean, logvar, bounds)
     if is_plain(mean, logvar):

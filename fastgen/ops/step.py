@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..plan import HISTORY, MAX_NOISES, MAX_OUTPUTS, ROW_FLOATS, Row
+from ..plan import HISTORY, INPUTS, MAX_NOISES, MAX_OUTPUTS, ROW_FLOATS, Row
 from ..solvers.ddim import ddim_row
 from ..solvers.ddpm import ddpm_row
 from . import kernel
@@ -104,13 +104,19 @@ def step(
     if len(dtypes) != count:
         raise ValueError(f"dtypes: got {len(dtypes)}, expected {count}, one an output")
     tensors = (x, output, uncond, known, logvar, *history, *normals)
+    if isinstance(row, Tensor) and device.type == "cpu" and is_eager():  # a GPU would synchronise
+        used = row
+        if row_index is not None:
+            used = row[checks.integer("row_index", int(row_index), 0, len(row))]
+        _table_needs(used, seed, normals, given)
     outs = None
     if out is not None:
         outs = [out] if isinstance(out, Tensor) else list(out)
         if len(outs) != count:
             raise ValueError(f"out: got {len(outs)} tensors, expected {count}, one an output")
         for tensor, dtype in zip(outs, dtypes, strict=True):
-            checks.out(tensor, shape, dtype, device, tensors)
+            scales = (output_scale, guidance if isinstance(guidance, Tensor) else None)
+            checks.out(tensor, shape, dtype, device, (*tensors, *scales))
         checks.apart(outs)
     results = kernel.run(
         shape, row, backend=kernel.choose(backend, *tensors), dtypes=dtypes, device=device, like=x,
@@ -133,22 +139,37 @@ def _needs(row: Row, output, uncond, known, history) -> None:
             raise ValueError(f"history: the row reads slot {k}, got {len(history)} tensors")
 
 
+def _table_needs(rows: Tensor, seed, normals: tuple, given: list) -> None:
+    """The same for rows in a tensor: whatever has a weight is there."""
+    start = ROW_FLOATS - MAX_OUTPUTS * MAX_NOISES
+    weights = rows.detach()[..., 8:start].reshape(-1, len(INPUTS)).ne(0).any(0).tolist()
+    drawn = rows.detach()[..., start:].reshape(-1, MAX_NOISES).ne(0).any(0).tolist()
+    if seed is None and any(drawn[len(normals) :]):
+        raise ValueError("seed, noise: the row draws normals, got neither")
+    there = {name: tensor is not None for name, tensor in given}
+    named = {"e": "output", "u": "uncond", "known": "known"}
+    named |= {f"h{k}": f"history[{k}]" for k in range(HISTORY)}
+    for name, used in zip(INPUTS, weights, strict=True):
+        if used and name in named and not there.get(named[name], False):
+            raise ValueError(f"{named[name]}: the row reads it, got None")
+
+
 def _rows(rows: Tensor, batch: int, device: torch.device, row_index: Tensor | None) -> Tensor:
     if not isinstance(rows, Tensor):
         raise TypeError(f"row: got {type(rows).__name__}, expected a fastgen.Row or a tensor")
     if rows.dtype != torch.float32 or rows.device != device:
         raise ValueError(f"row: got {rows.dtype} on {rows.device}, expected float32 on {device}")
+    if row_index is not None and not isinstance(row_index, Tensor):
+        raise TypeError(f"row_index: got {type(row_index).__name__}, expected an int64 tensor")
     if rows.ndim == 1:
         rows = rows.view(1, -1)
-    fits = row_index is not None or rows.shape[0] in (1, batch)
+    fits = rows.ndim == 2 and (row_index is not None or rows.shape[0] in (1, batch))
     if rows.ndim != 2 or rows.shape[1] != ROW_FLOATS or not fits:
         raise ValueError(f"row: got shape {tuple(rows.shape)}, expected ({batch}, {ROW_FLOATS})")
     if row_index is not None and (
         row_index.dtype != torch.int64 or row_index.numel() != 1 or row_index.device != device
     ):
         raise ValueError(f"row_index: expected one int64 on {device}, got {row_index}")
-    if row_index is not None and device.type == "cpu" and is_eager():  # a GPU's would synchronise
-        checks.integer("row_index", int(row_index), 0, len(rows))
     return rows.contiguous()
 
 
@@ -190,7 +211,7 @@ def ddpm_step(
         raise ValueError(
             f"variance: got {variance!r}, expected 'fixed_small', 'fixed_large' or a tensor"
         )
-    row = ddpm_row(alpha_bar, alpha_bar_prev, prediction, clip, variance)
+    row = ddpm_row(alpha_bar, alpha_bar_prev, prediction, _bounds(clip), variance)
     return _one_step(row, x, model_output, uncond, guidance_scale, logvar, seed, noise, step,
                      sample_ids, out, backend)  # fmt: skip
 
@@ -220,15 +241,21 @@ def ddim_step(
     use_clipped_model_output: epsilon is derived again from the clipped estimate of x_0.
     The other arguments, the result and what is raised are ``ddpm_step``'s.
     """
-    row = ddim_row(alpha_bar, alpha_bar_prev, prediction, clip, eta, use_clipped_model_output)
+    row = ddim_row(
+        alpha_bar, alpha_bar_prev, prediction, _bounds(clip), eta, use_clipped_model_output
+    )
     return _one_step(row, x, model_output, uncond, guidance_scale, None, seed, noise, step,
                      sample_ids, out, backend)  # fmt: skip
+
+
+def _bounds(clip):
+    return tuple(clip) if isinstance(clip, list) else clip  # rows are cached by their arguments
 
 
 def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count, sample_ids, out,
               backend) -> Tensor:  # fmt: skip
     """``step`` for one output: straight to the kernel, or by way of every check."""
-    if backend is None and sample_ids is None:
+    if backend is None and sample_ids is None and x is not None and output is not None:
         draws = row.noises > 0
         needs_source = draws and ((seed is None) == (noise is None) or
                                   (seed is not None and step_count is None))  # fmt: skip

@@ -1,0 +1,180 @@
+"""Edges of the ops: what must not crash, be dropped without a word, or be read from foreign memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import fastgen
+from fastgen import Output, Plan, Row, cli
+from shared import assert_same_bits
+
+X, C = torch.randn(2, 2, 3)
+
+
+@pytest.mark.parametrize("index", [-1, 3, 10**12])
+def test_a_row_index_beyond_the_table_is_refused_under_modes_as_well(index):
+    table = fastgen.solvers.ddim(fastgen.NoiseSchedule.cosine(100), 3).table()
+    with torch.device("cpu"), pytest.raises(ValueError, match="row_index: got"):
+        fastgen.step(table, X, X, row_index=torch.tensor(index))
+
+
+def test_the_steps_of_a_table_do_not_wrap():
+    table = fastgen.solvers.ddpm(fastgen.NoiseSchedule.cosine(100), 3).table()
+    with pytest.raises(ValueError, match="step: got 16777216"):
+        fastgen.step(table, X, X, row_index=torch.tensor(1), seed=0, step=2**24 - 1)
+
+
+@pytest.mark.parametrize("rank", [9, 65, 1700])
+def test_any_rank_is_served(rank):
+    shape = (2, *[1] * (rank - 2), 3)
+    assert_same_bits(fastgen.randn(shape, seed=0).view(2, 3), fastgen.randn((2, 3), seed=0))
+
+
+def test_layouts_beyond_the_kernels_dims_are_flattened():
+    scattered = torch.randn((4,) * 10)[(slice(0, 4, 2),) * 10]
+    dense = scattered.contiguous()
+    assert_same_bits(fastgen.combine([scattered], [0.5]), fastgen.combine([dense], [0.5]))
+    out = torch.empty_like(dense)
+    assert_same_bits(fastgen.combine([scattered], [0.5], out=out), 0.5 * dense)
+    for kind in (scattered, dense):
+        z, kl = fastgen.reparameterize(kind, kind, seed=1, step=0, return_kl=True)
+        assert z.shape == dense.shape
+        assert kl.shape == (2,)
+    assert fastgen.cfg_combine(scattered, dense, 2.0, rescale=0.5).shape == dense.shape
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fastgen.randn((1, 2), seed=None),
+        lambda: fastgen.ddim_step(None, C, 0.5, 0.6),
+        lambda: fastgen.ddim_step(X, None, 0.5, 0.6),
+        lambda: fastgen.ddim_step(X, None, 0.5, 0.6, uncond=C, guidance_scale=2.0),
+        lambda: fastgen.ddpm_step(None, C, 0.5, 0.6, seed=0, step=0),
+        lambda: fastgen.add_noise(None, 0.5, noise=C),
+        lambda: fastgen.combine([C, None, X], [1.0, 1.0, 1.0]),
+        lambda: fastgen.reparameterize(X, None, seed=0, step=0),
+        lambda: fastgen.Loop(5, X),
+    ],
+)
+def test_none_is_never_taken_for_nothing(call):
+    with pytest.raises(TypeError, match="got"):
+        call()
+
+
+def test_forward_mode_and_transforms_take_the_reference():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, torch.ones_like(X))
+        tangent = forward_ad.unpack_dual(fastgen.combine([dual], [2.0])).tangent
+        assert torch.equal(tangent, torch.full_like(X, 2.0))
+        with pytest.raises(ValueError, match="'cpu' cannot serve step under forward-mode"):
+            fastgen.combine([dual], [2.0], backend="cpu")
+    step = lambda x: fastgen.ddim_step(x, C[:1], 0.5, 0.6)  # noqa: E731
+    rows = torch.func.vmap(lambda x: step(x[None])[0])(X)
+    assert_same_bits(rows, torch.cat([step(X[:1]), step(X[1:])]))
+    gradient = torch.func.grad(lambda x: fastgen.ddim_step(x, C, 0.5, 0.6).sum())(X)
+    assert gradient.shape == X.shape
+
+
+def test_an_output_with_the_negative_bit_is_written_right():
+    out = torch.zeros(2, 3, dtype=torch.complex64).conj().imag
+    assert out.is_neg()
+    fastgen.combine([torch.ones(2, 3)], [2.0], out=out)
+    assert torch.equal(out, torch.full((2, 3), 2.0))
+
+
+def test_scales_that_share_memory_with_the_output_are_refused():
+    memory = torch.rand(4002)
+    c, u = torch.randn(2, 4000)
+    with pytest.raises(ValueError, match="out: overlaps an input partly"):
+        fastgen.cfg_combine(c, u, memory[10:11], out=memory[:4000])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_guidance_tensor_may_have_any_floating_dtype(dtype):
+    scales = torch.tensor([2.0, 3.5], dtype=dtype)
+    expected = fastgen.cfg_combine(X, C, [2.0, 3.5])
+    assert_same_bits(fastgen.cfg_combine(X, C, scales), expected)
+    assert_same_bits(fastgen.cfg_combine(X, C, scales, rescale=0.5),
+                     fastgen.cfg_combine(X, C, [2.0, 3.5], rescale=0.5))  # fmt: skip
+
+
+def test_an_output_that_overlaps_itself_is_refused():
+    out = torch.zeros(6).as_strided((2, 4), (2, 1))
+    with pytest.raises(ValueError, match="out: several of its elements share memory"):
+        fastgen.combine([torch.ones(2, 4)], [1.0], out=out)
+
+
+def test_a_loop_refuses_what_it_cannot_feed():
+    with pytest.raises(ValueError, match="plan: a row reads 'known'"):
+        fastgen.Loop(Plan((Row((Output({"x": 1.0, "known": 1.0}),)),)), X)
+    loop = fastgen.Loop(Plan((Row((Output({"x": 1.0, "e": 1.0}),)),)), X, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="uncond: got None"):
+        loop.step(C)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (Output({"x": 1.0}, (1.0,)), "seed, noise: the row draws"),
+        (Output({"known": 1.0}), "known: the row reads it"),
+        (Output({"e": 1.0}), "output: the row reads it"),
+        (Output({"h1": 1.0}), r"history\[1\]: the row reads it"),
+    ],
+)
+def test_rows_in_a_tensor_are_held_to_what_they_read(output, message):
+    with pytest.raises(ValueError, match=message):
+        fastgen.step(fastgen.stack_rows([Row((output,))]), X)
+
+
+def test_a_list_of_levels_is_as_exact_as_a_number():
+    zero, noise = torch.zeros(2, 1), torch.ones(2, 1)
+    one = fastgen.add_noise(zero, 0.999999, noise=noise)
+    assert_same_bits(fastgen.add_noise(zero, [0.999999] * 2, noise=noise), one)
+    with pytest.raises(ValueError, match=r"alpha_bar: got 2\.0"):
+        fastgen.add_noise(zero, [2.0, 0.5], noise=noise)
+
+
+def test_a_traced_call_is_not_frozen():
+    traced = torch.jit.trace(
+        lambda a, b: fastgen.ddim_step(a, b, 0.5, 0.6), (X, C), check_trace=False
+    )
+    assert_same_bits(traced(X + 1, C), fastgen.ddim_step(X + 1, C, 0.5, 0.6))
+
+
+def test_compiled_calls_with_numbers_as_arguments():
+    compiled = torch.compile(
+        lambda a, b, g, s: (
+            fastgen.cfg_combine(a, b, g),
+            fastgen.randn((2, 3), seed=s),
+            fastgen.add_noise(a, 0.3, seed=s, step=1),
+        ),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for g, s in ((2.0, 1), (3.0, 2), (4.5, 3)):
+        expected = (
+            fastgen.cfg_combine(X, C, g),
+            fastgen.randn((2, 3), seed=s),
+            fastgen.add_noise(X, 0.3, seed=s, step=1),
+        )
+        assert_same_bits(compiled(X, C, g, s), expected)
+
+
+def test_an_empty_batch_has_gradients():
+    c = torch.zeros(0, 4, requires_grad=True)
+    fastgen.cfg_combine(c, torch.zeros(0, 4), 2.0, rescale=0.5).sum().backward()
+    assert c.grad is not None
+
+
+def test_a_kernel_of_size_zero_is_refused():
+    with pytest.raises(ValueError, match="weight: got shape"):
+        fastgen.conv_transpose2d(torch.randn(1, 2, 4, 4), torch.randn(2, 3, 0, 3))
+
+
+@pytest.mark.parametrize("text", ["0-99999999999", "5-3", "0-", "²", ""])
+def test_odd_labels_are_refused(text):
+    with pytest.raises(ValueError, match="--labels"):
+        cli.labels_of(text)
