@@ -1,4 +1,4 @@
-"""Edges of the ops: what must not crash, be dropped without a word, or be read from foreign memory."""
+"""Edges of the ops: what must not crash, be dropped silently, or be read from foreign memory."""
 
 from __future__ import annotations
 
