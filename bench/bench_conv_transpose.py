@@ -9,8 +9,6 @@ checked against float64 before it is timed; the variants run turn about. Millise
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastgen
+from fastgen.bench.timing import interleaved, machine
 
 # C_in, C_out, input size, stride, padding, activation
 DCGAN = (
@@ -89,34 +88,22 @@ class Layer:
         }
 
 
-def interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, the variants turn about."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for run in variants.values():
-        run()
-    for _ in range(repeats):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=25)
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.dtype}")
+    print(f"{machine()}, {args.dtype}, milliseconds")
     print(f"{'batch':>5} {'layer':>17} {'torch':>8} {'torch cl':>8} {'ours':>8} {'ours cl':>8} "
           f"{'speed-up':>8}")  # fmt: skip
     for batch in args.batch:
         for case in DCGAN:
             layer = Layer(case, batch, getattr(torch, args.dtype))
             layer.check()
-            ms = interleaved(layer.variants(), args.repeats)
+            timings = interleaved(layer.variants(), rounds=args.repeats)
+            ms = {name: timing.median / 1e3 for name, timing in timings.items()}
             name = f"{case[0]}x{case[2]}x{case[2]} -> {case[1]}"
             best = min(ms["torch"], ms["torch cl"]) / min(ms["ours"], ms["ours cl"])
             print(f"{batch:5} {name:>17} " + " ".join(f"{ms[k]:8.3f}" for k in ms)

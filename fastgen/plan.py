@@ -129,7 +129,7 @@ class Row:
 class Plan:
     """A whole sampling run: what a solver returns.
 
-    A solver computes in float64; a row holds its numbers rounded once to float32, for every backend.
+    A solver computes in float64; a row holds its numbers rounded once to float32.
 
     rows: one a step. initial_scale: standard deviation of the first sample. history: how many
     slots of former results the rows use. discrete: whether ``model_time`` is an integer timestep
