@@ -121,7 +121,7 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
     Raises ValueError for an unknown backend, or for a named one that cannot serve (with why).
     """
     name = _choose(op, backend, device.type, dtype)
-    if name != "reference" and _is_transformed():
+    if name != "reference" and not torch.compiler.is_compiling() and is_transformed():
         if backend is not None:
             raise ValueError(
                 f"backend: {backend!r} cannot serve {op} under forward-mode differentiation, a "
@@ -131,10 +131,8 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
     return name
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Inside torch.func's transforms, forward-mode AD or torch.jit.trace, which miss a kernel."""
-    if torch.compiler.is_compiling():
-        return False
     return forward_ad._current_level >= 0 or _transforms() is not None or torch._C._is_tracing()
 
 

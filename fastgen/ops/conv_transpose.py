@@ -107,9 +107,8 @@ def _conv_transpose(
         y = y.squeeze(0)
     if out is None:
         return y
-    if torch.is_grad_enabled() and y.requires_grad:
-        raise ValueError("out: an input requires grad, and writing into out has no gradient")
-    return out if target is not None and y.data_ptr() == out.data_ptr() else out.copy_(y)
+    in_place = target is not None and y.data_ptr() == out.data_ptr()
+    return out if in_place else kernel.written(out, y)
 
 
 def launch(

@@ -8,8 +8,9 @@ import operator
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
-from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from ..backends import is_transformed
 
 LIBRARY = torch.library.Library("fastgen", "FRAGMENT")
 
@@ -29,20 +30,11 @@ _dispatch_keys = torch._C._dispatch_keys
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _is_compiling = torch.compiler.is_compiling
-_is_tracing = torch._C._is_tracing
-_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def is_eager() -> bool:
     """Whether nothing stands between a call and its kernel: no tracing, mode or transform."""
-    return not (
-        _is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or forward_ad._current_level >= 0
-        or _transforms()
-        or _is_tracing()
-    )
+    return not (_is_compiling() or _dispatch_modes() or _function_modes() or is_transformed())
 
 
 def is_plain(*tensors: Tensor | None, recording: bool = False) -> bool:

@@ -103,7 +103,8 @@ def combine(
         outs = [checks.out(out, first.shape, first.dtype, first.device, outputs)]
     name = kernel.choose(backend, *outputs)
     return kernel.run(first.shape, row, backend=name, dtypes=(first.dtype,), device=first.device,
-                      x=x, cond=e, known=known, history=tuple(history), out=outs)[0]  # fmt: skip
+                      like=first, x=x, cond=e, known=known, history=tuple(history),
+                      out=outs)[0]  # fmt: skip
 
 
 @functools.lru_cache(1024)

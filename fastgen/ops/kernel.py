@@ -26,7 +26,7 @@ STEP_STREAMS = (2, 8, 9, 10)  # of z_0 ... z_3, in the noise contract
 Seed = int | tuple[Tensor, int] | None
 
 
-def choose(backend: str | None, *tensors: Tensor | None) -> str:
+def choose(backend: str | None, *tensors: Tensor | None, op: str = "step") -> str:
     """The backend that serves these tensors; float64 anywhere takes the reference."""
     dtype, device = torch.float32, None
     for tensor in tensors:
@@ -35,7 +35,7 @@ def choose(backend: str | None, *tensors: Tensor | None) -> str:
             if tensor.dtype is torch.float64:
                 dtype = torch.float64
     assert device is not None
-    return backends.choose("step", backend, device, dtype)
+    return backends.choose(op, backend, device, dtype)
 
 
 def call(backend: str, stem: str, function: str, device: torch.device, *arguments) -> None:
@@ -136,8 +136,7 @@ def run(
             guidance=guidance, output_scale=output_scale, seed=seed, sample_ids=sample_ids,
             step=step, streams=streams,
         )  # fmt: skip
-        shaped = [y.reshape(tuple(shape)) for y in results]
-        return shaped if out is None else [o.copy_(y) for o, y in zip(out, shaped, strict=True)]
+        return _written(out, [y.reshape(tuple(shape)) for y in results])
     tensors = (x, cond, uncond, known, logvar, output_scale, *history, *noise, *(out or ()))
     if isinstance(row, Tensor):
         tensors += (row,)
@@ -168,11 +167,20 @@ def run(
         results = torch.ops.fastgen.step(
             *arguments, [checks.DTYPES.index(d) for d in dtypes], list(shape), device, backend
         )
+    return _written(out, results)
+
+
+def _written(out: Sequence[Tensor] | None, results: list[Tensor]) -> list[Tensor]:
     if out is None:
         return results
-    if torch.is_grad_enabled() and any(y.requires_grad for y in results):
+    return [written(o, y) for o, y in zip(out, results, strict=True)]
+
+
+def written(out: Tensor, result: Tensor) -> Tensor:
+    """``out`` with a result copied into it; ValueError where that would lose a gradient."""
+    if torch.is_grad_enabled() and result.requires_grad:
         raise ValueError("out: an input requires grad, and writing into out has no gradient")
-    return [o.copy_(y) for o, y in zip(out, results, strict=True)]
+    return out.copy_(result)
 
 
 def launch(

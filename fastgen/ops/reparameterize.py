@@ -68,7 +68,7 @@ def reparameterize(
     bounds = _NO_CLAMP if clamp is None else checks.interval("clamp", clamp)
     if out is not None:
         checks.out(out, mean.shape, mean.dtype, device, (mean, logvar, noise))
-    name = _choose(backend, mean, logvar, noise)
+    name = kernel.choose(backend, mean, logvar, noise, op="reparameterize")
     if mean.ndim > kernel.MAX_KERNEL_DIMS and name != "reference":
         given = None if noise is None else noise.reshape(batch, -1)
         made = reparameterize(
@@ -76,7 +76,8 @@ def reparameterize(
             sample_ids=sample_ids, step=step, return_kl=return_kl, clamp=clamp, backend=name,
         )  # fmt: skip
         z, kl = made if isinstance(made, tuple) else (made, None)
-        z = z.reshape(mean.shape) if out is None else out.copy_(z.reshape(mean.shape))
+        z = z.reshape(mean.shape)
+        z = z if out is None else kernel.written(out, z)
         return z if kl is None else (z, kl)
     if name != "reference" and is_plain(mean, logvar, noise, out):
         z = torch.empty_like(mean) if out is None else out
@@ -101,9 +102,7 @@ def reparameterize(
             mean, logvar, noise, seeds, id_tensor, step_count, return_kl, *bounds, name
         )
     if out is not None:
-        if torch.is_grad_enabled() and z.requires_grad:
-            raise ValueError("out: an input requires grad, and writing into out has no gradient")
-        z = out.copy_(z)
+        z = kernel.written(out, z)
     return (z, kl) if return_kl and kl is not None else z
 
 
@@ -122,7 +121,7 @@ def gaussian_kl(
     checks.tensor("mean", mean)
     checks.like("logvar", logvar, "mean", mean)
     bounds = _NO_CLAMP if clamp is None else checks.interval("clamp", clamp)
-    name = _choose(backend, mean, logvar)
+    name = kernel.choose(backend, mean, logvar, op="reparameterize")
     if mean.ndim > kernel.MAX_KERNEL_DIMS:
         mean, logvar = mean.reshape(mean.shape[0], -1), logvar.reshape(mean.shape[0], -1)
     if name == "reference":
@@ -170,13 +169,6 @@ def noise_source(seed, noise, sample_ids, step, like: Tensor):
         checks.sample_ids(sample_ids, batch, device),
         checks.step(step),
     )
-
-
-def _choose(backend: str | None, *tensors: Tensor | None) -> str:
-    given = [t for t in tensors if t is not None]
-    double = any(t.dtype is torch.float64 for t in given)
-    dtype = torch.float64 if double else torch.float32
-    return backends.choose("reparameterize", backend, given[0].device, dtype)
 
 
 def _launch(name, mean, logvar, noise, z, return_kl, clamp, seed, ids, step) -> Tensor | None:

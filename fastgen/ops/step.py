@@ -114,8 +114,8 @@ def step(
         outs = [out] if isinstance(out, Tensor) else list(out)
         if len(outs) != count:
             raise ValueError(f"out: got {len(outs)} tensors, expected {count}, one an output")
+        scales = (output_scale, guidance if isinstance(guidance, Tensor) else None)
         for tensor, dtype in zip(outs, dtypes, strict=True):
-            scales = (output_scale, guidance if isinstance(guidance, Tensor) else None)
             checks.out(tensor, shape, dtype, device, (*tensors, *scales))
         checks.apart(outs)
     results = kernel.run(
