@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -294,9 +295,9 @@ py::object quick_step(py::handle operands, py::handle noise, py::handle out, py:
     return tensors.result;
 }
 
-// As quick_step: z, or NotImplemented.
+// As quick_step: z, or NotImplemented. kl: None, or where the divergences go.
 py::object quick_reparameterize(py::handle mean, py::handle logvar, py::handle noise,
-                                py::handle out, py::handle seed, int64_t noise_step,
+                                py::handle out, py::handle kl, py::handle seed, int64_t noise_step,
                                 int noise_stream, bool grad, int threads) {
     const py::object declined = py::reinterpret_borrow<py::object>(Py_NotImplemented);
     if (mean.is_none() || logvar.is_none()) return declined;
@@ -311,6 +312,12 @@ py::object quick_reparameterize(py::handle mean, py::handle logvar, py::handle n
     p.stream = noise_stream;
     if (!tensors.lay_out(p.shape, p.out, true, true)) return declined;
     if (p.shape.elements > kMaxNoiseElements) return declined;
+    std::vector<float> partials;
+    if (!kl.is_none()) {
+        partials.resize(p.shape.batch * ((p.shape.elements + kChunk - 1) / kChunk));
+        p.partials = partials.data();
+        p.kl = static_cast<float*>(address(kl));
+    }
     run_cpu(cpu_kernels().reparameterize, p, kNoiseGrain, threads);
     return tensors.result;
 }
@@ -473,6 +480,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     using namespace fastgen;
     m.def("set_torch", &set_torch);
+    m.def("use_huge_pages", [](py::handle tensor) { use_huge_pages(tensor.ptr()); });
     m.def("quick_step", &quick_step);
     m.def("quick_reparameterize", &quick_reparameterize);
     m.def("step", &step);

@@ -1,5 +1,9 @@
 #include "view.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fastgen {
 namespace {
 
@@ -133,6 +137,28 @@ bool is_ordinary(PyObject* tensor, bool grad) {
            call_method(tensor, name_is_zero).ptr() == Py_False;
 }
 
-py::object new_like(PyObject* tensor) { return checked(PyObject_CallOneArg(empty_like, tensor)); }
+void use_huge_pages(PyObject* tensor) {
+#if defined(MADV_HUGEPAGE)
+    constexpr int64_t kLeastBytes = int64_t{4} << 20;
+    constexpr uintptr_t kPage = 4096;
+    View view;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != tensor_types[0]) return;
+    if (!try_look_at(tensor, view) || !view.on_cpu || view.dtype < 0) return;
+    const int64_t bytes = view.elements() * (view.dtype == kFloat32 ? 4 : 2);
+    if (bytes < kLeastBytes) return;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(view.data) + kPage - 1) & ~(kPage - 1);
+    const uintptr_t end =
+        (reinterpret_cast<uintptr_t>(view.data) + uintptr_t(bytes)) & ~(kPage - 1);
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)tensor;
+#endif
+}
+
+py::object new_like(PyObject* tensor) {
+    py::object made = checked(PyObject_CallOneArg(empty_like, tensor));
+    use_huge_pages(made.ptr());
+    return made;
+}
 
 }  // namespace fastgen

@@ -59,6 +59,10 @@ bool try_look_at(PyObject* tensor, View& view);
 // zero flag, and no gradient wanted while gradients are being recorded.
 bool is_ordinary(PyObject* tensor, bool grad);
 
+// Asks for large pages in the memory of a tensor just allocated, where it is of several megabytes
+// (as NumPy does): the page faults of its first touch cost more than a kernel's arithmetic.
+void use_huge_pages(PyObject* tensor);
+
 py::object new_like(PyObject* tensor);
 
 }  // namespace fastgen

@@ -40,6 +40,13 @@ OPS = {  # op: what has a kernel for it
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, just allocated, on large pages where it is large and the system has them."""
+    if _native is not None:
+        _native.use_huge_pages(tensor)
+    return tensor
+
+
 def native():
     """The compiled module; ImportError, with the reason, where it is missing."""
     if _native is None:

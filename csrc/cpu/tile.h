@@ -196,11 +196,22 @@ static void for_each_tile(const Shape& shape, int threads, const Body& body) {
     });
 }
 
+// Three levels of the tree at once: from 8 Eighth values to Eighth.
+template <int64_t Eighth>
+static inline void halve_thrice(float* v) {
+    for (int64_t i = 0; i < Eighth; ++i) {
+        const float a = v[i] + v[i + 4 * Eighth], b = v[i + 2 * Eighth] + v[i + 6 * Eighth];
+        const float c = v[i + Eighth] + v[i + 5 * Eighth],
+                    d = v[i + 3 * Eighth] + v[i + 7 * Eighth];
+        v[i] = (a + b) + (c + d);
+    }
+}
+
 // The sum of kChunk values by halves: the leaf of the reduction tree. `values` is overwritten.
 static inline float sum_chunk(float* values) {
-    for (int64_t half = kChunk / 2; half >= 16; half /= 2)
-        for (int64_t i = 0; i < half; ++i) values[i] = values[i] + values[i + half];
-    for (int64_t half = 8; half >= 1; half /= 2)
+    halve_thrice<kChunk / 8>(values);
+    halve_thrice<kChunk / 64>(values);
+    for (int64_t half = kChunk / 128; half >= 1; half /= 2)
         for (int64_t i = 0; i < half; ++i) values[i] = values[i] + values[i + half];
     return values[0];
 }

@@ -211,11 +211,11 @@ def _allocate(
     device: torch.device,
     like: Tensor | None,
 ) -> list[Tensor]:
-    if like is not None and len(dtypes) == 1 and like.dtype is dtypes[0]:
-        return [torch.empty_like(like)]
-    if like is not None:
-        return [torch.empty_like(like, dtype=dtype) for dtype in dtypes]
-    return [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
+    if like is None:
+        made = [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
+    else:
+        made = [torch.empty_like(like, dtype=dtype) for dtype in dtypes]
+    return [backends.on_huge_pages(tensor) for tensor in made]
 
 
 def _row_tensor(row: Row, device: torch.device) -> Tensor:

@@ -72,7 +72,7 @@ def randn(
             given = out
             if out is None and type(shape) in (tuple, torch.Size) and len(shape) > 0:
                 with contextlib.suppress(RuntimeError, TypeError):  # the checks below say why
-                    given = torch.empty(shape, dtype=torch.float32)
+                    given = backends.on_huge_pages(torch.empty(shape, dtype=torch.float32))
             if given is not None and tuple(shape) == given.shape:
                 result = kernel.quick(_ROW, seed=seed, step=step, streams=(stream,), out=given)
                 if result is not None:

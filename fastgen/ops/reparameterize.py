@@ -47,19 +47,22 @@ def reparameterize(
     fit, ValueError where neither or both of seed and noise are given.
     """
     if (
-        backend is None and sample_ids is None and clamp is None and not return_kl
+        backend is None and sample_ids is None and clamp is None
         and mean is not None and logvar is not None
         and (seed is None) != (noise is None) and (noise is not None or step is not None)
         and kernel.is_quick(seed, step)
     ):  # fmt: skip
+        kl = None
+        if return_kl and isinstance(mean, Tensor) and mean.ndim > 0:
+            kl = torch.empty(mean.shape[0], dtype=torch.float32)
         z = backends._native.quick_reparameterize(
-            mean, logvar, noise, out, seed, step or 0, REPARAMETERIZE, torch.is_grad_enabled(),
-            torch.get_num_threads(),
+            mean, logvar, noise, out, kl, seed, step or 0, REPARAMETERIZE,
+            torch.is_grad_enabled(), torch.get_num_threads(),
         )  # fmt: skip
         if z is not NotImplemented:
             if out is not None:
                 torch.autograd.graph.increment_version(out)
-            return z
+            return z if kl is None else (z, kl)
     checks.tensor("mean", mean)
     checks.like("logvar", logvar, "mean", mean)
     checks.size(mean.shape)
@@ -80,7 +83,7 @@ def reparameterize(
         z = z if out is None else kernel.written(out, z)
         return z if kl is None else (z, kl)
     if name != "reference" and is_plain(mean, logvar, noise, out):
-        z = torch.empty_like(mean) if out is None else out
+        z = _empty_like(mean) if out is None else out
         kl = _launch(name, mean, logvar, noise, z, return_kl, bounds, seed_words, ids, step_count)
         if out is not None:
             torch.autograd.graph.increment_version(out)
@@ -171,6 +174,10 @@ def noise_source(seed, noise, sample_ids, step, like: Tensor):
     )
 
 
+def _empty_like(tensor: Tensor) -> Tensor:
+    return backends.on_huge_pages(torch.empty_like(tensor))
+
+
 def _launch(name, mean, logvar, noise, z, return_kl, clamp, seed, ids, step) -> Tensor | None:
     kl = partials = None
     shape = tuple(mean.shape)
@@ -202,7 +209,7 @@ def _draws(seeds, noise) -> bool:
 
 
 def _kernel(mean, logvar, noise, seeds, sample_ids, step, return_kl, low, high, backend):
-    z = torch.empty_like(mean) if _draws(seeds, noise) else mean.new_empty(0)
+    z = _empty_like(mean) if _draws(seeds, noise) else mean.new_empty(0)
     seed = None if seeds is None else (seeds.contiguous(), int(seeds.numel() > 1))
     ids = 0 if sample_ids is None else sample_ids.contiguous()
     kl = _launch(backend, mean, logvar, noise, z if _draws(seeds, noise) else None, return_kl,
@@ -239,7 +246,7 @@ class _Reparameterize(torch.autograd.Function):
         ctx.save_for_backward(mean, logvar, noise, *tensors)
         ctx.set_materialize_grads(False)
         ctx.rest = (seed if isinstance(seed, int) else None, step, low, high, backend)
-        z = torch.empty_like(mean)
+        z = _empty_like(mean)
         kl = _launch(backend, mean, logvar, noise, z, return_kl, (low, high), seed, ids, step)
         return z, kl
 
@@ -320,9 +327,9 @@ def _backward_kernel(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_
 
 def _backward_fake(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_mean,
                    wants_noise, low, high, backend):  # fmt: skip
-    grad_mean = torch.empty_like(mean) if wants_mean else mean.new_empty(0)
-    grad_noise = torch.empty_like(noise) if wants_noise else mean.new_empty(0)
-    return grad_mean, torch.empty_like(logvar), grad_noise
+    grad_mean = _empty_like(mean) if wants_mean else mean.new_empty(0)
+    grad_noise = _empty_like(noise) if wants_noise else mean.new_empty(0)
+    return grad_mean, _empty_like(logvar), grad_noise
 
 
 LIBRARY.impl("reparameterize", _kernel, "CompositeExplicitAutograd")
