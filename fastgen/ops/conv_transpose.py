@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..reference import conv_transpose as reference
 from . import conv_transpose_cpu, kernel
-from .dispatch import LIBRARY, is_plain
+from .dispatch import LIBRARY, is_eager, is_plain
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -74,33 +74,22 @@ def _conv_transpose(
     dims, input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
     activation, negative_slope, out, backend,
 ) -> Tensor:  # fmt: skip
-    batched = _check_operands(dims, input, weight)
-    stride = _sizes("stride", stride, dims, 1)
-    padding = _sizes("padding", padding, dims, 0)
-    output_padding = _sizes("output_padding", output_padding, dims, 0)
-    dilation = _sizes("dilation", dilation, dims, 1)
-    groups = checks.integer("groups", groups, 1)
-    if activation not in ACTIVATIONS:
-        known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"activation: got {activation!r}, expected one of {known}")
-    negative_slope = checks.number("negative_slope", negative_slope)
+    operands = (input, weight, bias, scale, shift)
+    options = (stride, padding, output_padding, groups, dilation, activation, negative_slope)
+    check = _check_once if is_eager() else _check
+    geometry, slope, shape, name = check(dims, operands, options, backend)
+    batched = input.ndim == dims + 2
     x = input if batched else input.unsqueeze(0)
-    shape = _output_shape(x, weight, stride, padding, output_padding, groups, dilation)
-    for name, values in (("bias", bias), ("scale", scale), ("shift", shift)):
-        _check_channels(name, values, shape[1], input.device)
     target = None  # where a kernel may write: `out`, unless it is an input as well
     if out is not None:
-        operands = (input, weight, bias, scale, shift)
         checks.out(out, shape if batched else shape[1:], input.dtype, input.device, operands)
         if not any(t is not None and t.data_ptr() == out.data_ptr() for t in operands):
             target = out if batched else out.unsqueeze(0)
-    name = backends.choose("conv_transpose", backend, input.device, input.dtype)
-    arguments = (x, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
-                 activation, negative_slope)  # fmt: skip
+    arguments = (x, weight, bias, *geometry, scale, shift, activation, slope)
     if name == "reference":
         y = reference.conv_transpose(*arguments)
-    elif is_plain(input, weight, bias, scale, shift):
-        y = launch(name, *arguments, out=target)
+    elif is_plain(*operands):
+        y = launch(name, *arguments, target)
     else:
         y = torch.ops.fastgen.conv_transpose(*arguments, name)
     if not batched:
@@ -122,8 +111,9 @@ def launch(
                  shift, activation, negative_slope)  # fmt: skip
     if backend == "cpu":
         return conv_transpose_cpu.conv_transpose(*arguments, out)
-    shape = _output_shape(input, weight, stride, padding, output_padding, groups, dilation)
     if out is None:
+        shape = _output_shape(input.shape, weight.shape, stride, padding, output_padding, groups,
+                              dilation)  # fmt: skip
         out = _allocate(input, shape)
     kernel.call(backend, "conv_transpose", "conv_transpose", input.device, *arguments, out)
     torch.autograd.graph.increment_version(out)
@@ -144,8 +134,54 @@ def _sizes(name: str, value: Any, dims: int, low: int) -> tuple[int, ...]:
     return (checks.integer(name, value, low),) * dims
 
 
-def _check_operands(dims: int, input: Any, weight: Any) -> bool:
-    """Whether the input is batched."""
+Checked = tuple[tuple[Any, Any, Any, Any, Any], float, tuple[int, ...], str]
+
+_known: dict[tuple, Checked] = {}
+
+
+def _check_once(dims: int, operands: tuple, options: tuple, backend: str | None) -> Checked:
+    """``_check``, whose answer for valid arguments is kept by all that it looks at."""
+    key = (dims, options, backend, *[
+        (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in operands
+    ])  # fmt: skip
+    try:
+        known = _known.get(key)
+    except TypeError:  # a list among the options: not to be kept
+        return _check(dims, operands, options, backend)
+    if known is None:
+        known = _check(dims, operands, options, backend)
+        if len(_known) >= 1024:
+            _known.clear()
+        _known[key] = known
+    return known
+
+
+def _check(dims: int, operands: tuple, options: tuple, backend: str | None) -> Checked:
+    """((stride, padding, output_padding, groups, dilation), negative_slope, output shape with a
+    batch, backend); ValueError or TypeError for arguments that do not fit."""
+    input, weight, bias, scale, shift = operands
+    stride, padding, output_padding, groups, dilation, activation, negative_slope = options
+    _check_operands(dims, input, weight)
+    geometry = (
+        _sizes("stride", stride, dims, 1),
+        _sizes("padding", padding, dims, 0),
+        _sizes("output_padding", output_padding, dims, 0),
+        checks.integer("groups", groups, 1),
+        _sizes("dilation", dilation, dims, 1),
+    )
+    if activation not in ACTIVATIONS:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation: got {activation!r}, expected one of {known}")
+    negative_slope = checks.number("negative_slope", negative_slope)
+    batched = input.shape if input.ndim == dims + 2 else (1, *input.shape)
+    shape = _output_shape(batched, weight.shape, *geometry)
+    for name, values in (("bias", bias), ("scale", scale), ("shift", shift)):
+        _check_channels(name, values, shape[1], input.device)
+    name = backends.choose("conv_transpose", backend, input.device, input.dtype)
+    return geometry, negative_slope, shape, name
+
+
+def _check_operands(dims: int, input: Any, weight: Any) -> None:
     checks.tensor("input", input)
     checks.tensor("weight", weight)
     if input.ndim not in (dims + 1, dims + 2):
@@ -165,7 +201,6 @@ def _check_operands(dims: int, input: Any, weight: Any) -> bool:
         raise TypeError(f"weight: got {weight.dtype}, expected the input's {input.dtype}")
     if weight.device != input.device:
         raise ValueError(f"weight: is on {weight.device}, expected the input's {input.device}")
-    return input.ndim == dims + 2
 
 
 def _check_channels(name: str, values: Any, channels: int, device: torch.device) -> None:
@@ -181,34 +216,39 @@ def _check_channels(name: str, values: Any, channels: int, device: torch.device)
         raise ValueError(f"{name}: is on {values.device}, expected {device}")
 
 
-def _output_shape(x, weight, stride, padding, output_padding, groups, dilation) -> tuple[int, ...]:
-    if x.shape[1] != weight.shape[0]:
+def _output_shape(
+    input: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    output_padding: Sequence[int], groups: int, dilation: Sequence[int],
+) -> tuple[int, ...]:  # fmt: skip
+    """From the shapes of a batched input and of weight."""
+    if input[1] != weight[0]:
         raise ValueError(
-            f"input: got {x.shape[1]} channels, expected weight's first size {weight.shape[0]}"
+            f"input: got {input[1]} channels, expected weight's first size {weight[0]}"
         )
-    if x.shape[1] == 0 or x.shape[1] % groups:
-        raise ValueError(f"groups: got {groups}, expected a divisor of {x.shape[1]} input channels")
+    if input[1] == 0 or input[1] % groups:
+        raise ValueError(f"groups: got {groups}, expected a divisor of {input[1]} input channels")
     sizes = []
-    for i, size in enumerate(x.shape[2:]):
+    for i, size in enumerate(input[2:]):
         if output_padding[i] >= max(stride[i], dilation[i]):
             raise ValueError(
                 f"output_padding: got {output_padding[i]}, expected less than stride {stride[i]} "
                 f"or dilation {dilation[i]}"
             )
-        reach = dilation[i] * (weight.shape[2 + i] - 1)
+        reach = dilation[i] * (weight[2 + i] - 1)
         result = (size - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i] + 1
         if size < 1 or result < 1:
             raise ValueError(
-                f"input: got spatial size {tuple(x.shape[2:])}, which leaves an output of size "
+                f"input: got spatial size {tuple(input[2:])}, which leaves an output of size "
                 f"{result} in dimension {i}, expected at least 1"
             )
         sizes.append(result)
-    return (x.shape[0], weight.shape[1] * groups, *sizes)
+    return (input[0], weight[1] * groups, *sizes)
 
 
 def _allocate(input: Tensor, shape: Sequence[int]) -> Tensor:
     layout = conv_transpose_cpu.memory_format(input)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    return backends.on_huge_pages(out)
 
 
 # ---- the registered op ---------------------------------------------------------------------------
@@ -229,7 +269,8 @@ def _kernel(input, weight, bias, stride, padding, output_padding, groups, dilati
 def _fake(input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
           activation, negative_slope, backend):  # fmt: skip
     return _allocate(
-        input, _output_shape(input, weight, stride, padding, output_padding, groups, dilation)
+        input,
+        _output_shape(input.shape, weight.shape, stride, padding, output_padding, groups, dilation),
     )
 
 

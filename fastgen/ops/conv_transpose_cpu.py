@@ -22,7 +22,10 @@ from ..reference.conv_transpose import ACTIVATIONS
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as enum Activation in csrc/params.h
 
-FEW_POSITIONS = 128  # of input, batch included
+FEW_POSITIONS = 16  # of input, batch included
+# As many where PyTorch's repacked weights get memory of their own from the system, and give it
+# back, at every call: glibc does so from 32 MiB on.
+FEW_POSITIONS_OF_LARGE_WEIGHTS, LARGE_WEIGHTS = 128, 32 << 20  # bytes
 FEW_ROWS = 64  # output channels times taps
 COLUMN_ELEMENTS = 1 << 20  # of the product at a time, where there are many positions
 
@@ -65,6 +68,11 @@ def _geometry(
     return out, numbers
 
 
+def _are_few(positions: int, weight: Tensor) -> bool:
+    large = 4 * weight.numel() >= LARGE_WEIGHTS
+    return positions <= (FEW_POSITIONS_OF_LARGE_WEIGHTS if large else FEW_POSITIONS)
+
+
 def _floats(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.float().contiguous()
 
@@ -92,7 +100,7 @@ def conv_transpose(
     channels = weight.shape[1] * groups
     positions = math.prod(sizes)
     rows = channels * math.prod(kernel)
-    few = input.shape[0] * positions <= FEW_POSITIONS or rows <= FEW_ROWS
+    few = rows <= FEW_ROWS or _are_few(input.shape[0] * positions, weight)
     result = out
     if result is None:
         shape = (input.shape[0], channels, *out_sizes)
@@ -109,7 +117,7 @@ def conv_transpose(
     else:
         dtype = product_dtype(input)
         inside = bias is not None and bias.dtype is dtype
-        y = torch.ops.aten.convolution(
+        y = torch.convolution(
             input.to(dtype), weight.to(dtype), bias if inside else None,
             stride, padding, dilation, True, output_padding, groups,
         )  # fmt: skip
@@ -145,7 +153,7 @@ def _by_columns(
         if not dense:
             out.copy_(product)
         return
-    few = batch * positions <= FEW_POSITIONS
+    few = _are_few(batch * positions, weight)
     samples = batch if few else max(1, min(batch, COLUMN_ELEMENTS // (rows * positions)))
     room: Tensor | None = None
     for first in range(0, batch, samples):
