@@ -32,8 +32,11 @@ const float* deviations(const ReparameterizeParams& p, const float* logvar, int6
     return logvar;
 }
 
+// Drawing takes long: meanwhile the tile's other tensors come into the caches.
 const float* noise_of(const ReparameterizeParams& p, const Tile& tile, float* buffer) {
     if (p.given_noise.data) return load(p.shape, p.given_noise, tile, buffer);
+    const Tensor* const meanwhile[] = {&p.mean, &p.logvar, &p.out, &p.grad_out, &p.grad_logvar};
+    for (const Tensor* tensor : meanwhile) prefetch(p.shape, *tensor, tile);
     fill_normal(buffer, p.key, p.stream, tile);
     return buffer;
 }
@@ -48,6 +51,7 @@ void forward_tile(const ReparameterizeParams& p, const Tile& tile, int64_t chunk
     Buffers b;
     alignas(64) float deviation[kChunk];
     const int64_t count = tile.count;
+    const float* z = p.out.data ? noise_of(p, tile, b.noise) : nullptr;
     const float* mean = load(p.shape, p.mean, tile, b.mean);
     const float* logvar = load(p.shape, p.logvar, tile, b.logvar);
     logvar = deviations(p, logvar, count, b.logvar, deviation);
@@ -58,8 +62,7 @@ void forward_tile(const ReparameterizeParams& p, const Tile& tile, int64_t chunk
         for (int64_t i = count; i < kChunk; ++i) divergence[i] = 0.0f;
         p.partials[tile.sample * chunks + tile.start / kChunk] = sum_chunk(divergence);
     }
-    if (!p.out.data) return;
-    const float* z = noise_of(p, tile, b.noise);
+    if (!z) return;
     float* to = destination(p.shape, p.out, tile, b.out);
     for (int64_t i = 0; i < count; ++i) to[i] = mean[i] + deviation[i] * z[i];
     finish(p.shape, p.out, tile, to, b.out);
@@ -69,6 +72,8 @@ void backward_tile(const ReparameterizeParams& p, const Tile& tile) {
     Buffers b;
     alignas(64) float deviation[kChunk], clamped[kChunk], result[kChunk];
     const int64_t count = tile.count;
+    const bool draws = p.grad_out.data && p.grad_logvar.data;
+    const float* z = draws ? noise_of(p, tile, b.noise) : nullptr;
     const float* logvar = load(p.shape, p.logvar, tile, b.logvar);
     const float* bounded = deviations(p, logvar, count, clamped, deviation);
     const float* grad = nullptr;
@@ -76,7 +81,6 @@ void backward_tile(const ReparameterizeParams& p, const Tile& tile) {
     const float grad_kl = p.grad_kl ? p.grad_kl[tile.sample] : 0.0f;
     if (p.grad_logvar.data) {
         float* to = destination(p.shape, p.grad_logvar, tile, b.out);
-        const float* z = grad ? noise_of(p, tile, b.noise) : nullptr;
         const bool divergence = p.grad_kl != nullptr;
         for (int64_t i = 0; i < count; ++i) {
             float sum = grad ? 0.5f * (grad[i] * (deviation[i] * z[i])) : 0.0f;
