@@ -37,6 +37,7 @@ OPS = {  # op: what has a kernel for it
     "rescale": BACKENDS,
     "conv_transpose": ("triton", "cpu", "reference"),
 }
+MIN_TRITON = (3, 6)  # 3.4 and 3.5 flush denormals in square roots, 3.3 does not compile the kernels
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,6 +53,15 @@ def native():
     if _native is None:
         raise ImportError(f"fastgen's compiled module could not be loaded: {_native_error}")
     return _native
+
+
+@functools.cache
+def triton_version() -> tuple[int, int] | None:
+    """(major, minor) of the installed Triton, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 @functools.cache
@@ -81,8 +91,11 @@ def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
         if torch.cuda.is_available() and (reason := _native.cuda_refusal()):
             return f"the compiled kernels do not run on this device: {reason}"
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        version = triton_version()
+        if version is None:
             return "triton is not installed"
+        if version < MIN_TRITON:
+            return f"triton {version[0]}.{version[1]} is older than {MIN_TRITON[0]}.{MIN_TRITON[1]}"
         if triton_interpreted() != (device_type == "cpu"):
             return (
                 "on the CPU it runs in Triton's interpreter alone (TRITON_INTERPRET=1)"
@@ -172,6 +185,8 @@ def info() -> str:
         lines.append(
             f"cuda kernels: {_native.cuda_architectures or 'not built (no nvcc was found)'}"
         )
+    version = triton_version()
+    lines.append(f"triton: {'.'.join(map(str, version)) if version else 'not installed'}")
     lines.append("")
     lines += [f"{op:16} {device:5} {name:10} {state}" for op, device, name, state in table()]
     return "\n".join(lines)

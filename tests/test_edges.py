@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 import fastgen
-from fastgen import Output, Plan, Row, cli
+from fastgen import Output, Plan, Row, backends, cli
 from shared import assert_same_bits
 
 X, C = torch.randn(2, 2, 3)
@@ -161,6 +161,15 @@ def test_compiled_calls_with_numbers_as_arguments():
             fastgen.add_noise(X, 0.3, seed=s, step=1),
         )
         assert_same_bits(compiled(X, C, g, s), expected)
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [(None, "triton is not installed"), ((3, 5), "triton 3.5 is older than 3.6")],
+)
+def test_a_triton_that_cannot_keep_the_bits_is_refused(monkeypatch, version, reason):
+    monkeypatch.setattr(backends, "triton_version", lambda: version)
+    assert reason in backends.refusal("step", "triton", "cuda", torch.float32)
 
 
 def test_an_empty_batch_has_gradients():
