@@ -85,7 +85,7 @@ def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
             return f"the compiled module could not be loaded: {_native_error}"
     if backend == "cuda":
         if not _native.cuda_architectures:
-            return "built without CUDA (no nvcc was found)"
+            return "built without CUDA (nvcc was not found, or not asked for)"
         if torch.version.cuda is None:
             return "this torch has no CUDA"
         if torch.cuda.is_available() and (reason := _native.cuda_refusal()):
@@ -183,7 +183,7 @@ def info() -> str:
         lines.append(f"cpu kernels: {_native.isa()} (available: {sets})")
         lines.append(f"threads: {torch.get_num_threads()}, from {_native.parallel_runtime()}")
         lines.append(
-            f"cuda kernels: {_native.cuda_architectures or 'not built (no nvcc was found)'}"
+            f"cuda kernels: {_native.cuda_architectures or 'not built (nvcc was not found, or not asked for)'}"
         )
     version = triton_version()
     lines.append(f"triton: {'.'.join(map(str, version)) if version else 'not installed'}")
