@@ -16,7 +16,7 @@ from shared import HAS_TRITON, ISAS
 
 
 @pytest.fixture(params=["reference", *ISAS, pytest.param("triton", marks=pytest.mark.skipif(
-    not HAS_TRITON, reason="triton is not installed"))])  # fmt: skip
+    not HAS_TRITON, reason="no Triton, or one too old"))])  # fmt: skip
 def backend(request):
     """Each backend that this machine can run; the CPU one under each of its instruction sets."""
     chosen = backends.native().isa()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 
 import torch
 from torch import Tensor
 
 from fastgen import backends
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = (backends.triton_version() or (0, 0)) >= backends.MIN_TRITON
 ISAS = backends.native().available_isas()
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
