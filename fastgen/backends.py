@@ -182,9 +182,8 @@ def info() -> str:
         sets = ", ".join(_native.available_isas())
         lines.append(f"cpu kernels: {_native.isa()} (available: {sets})")
         lines.append(f"threads: {torch.get_num_threads()}, from {_native.parallel_runtime()}")
-        lines.append(
-            f"cuda kernels: {_native.cuda_architectures or 'not built (nvcc was not found, or not asked for)'}"
-        )
+        built = _native.cuda_architectures or "not built (nvcc was not found, or not asked for)"
+        lines.append(f"cuda kernels: {built}")
     version = triton_version()
     lines.append(f"triton: {'.'.join(map(str, version)) if version else 'not installed'}")
     lines.append("")
