@@ -48,6 +48,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
 def __getattr__(name: str):
     if name == "zoo":  # needs safetensors, which the samplers do not
         return importlib.import_module("fastgen.zoo")

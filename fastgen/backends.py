@@ -140,6 +140,8 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
 
     Raises ValueError for an unknown backend, or for a named one that cannot serve (with why).
     """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: got {type(backend).__name__}, expected a str or None")
     name = _choose(op, backend, device.type, dtype)
     if name != "reference" and not torch.compiler.is_compiling() and is_transformed():
         if backend is not None:
@@ -182,10 +184,13 @@ def info() -> str:
         sets = ", ".join(_native.available_isas())
         lines.append(f"cpu kernels: {_native.isa()} (available: {sets})")
         lines.append(f"threads: {torch.get_num_threads()}, from {_native.parallel_runtime()}")
-        built = _native.cuda_architectures or "not built (nvcc was not found, or not asked for)"
+        built = (
+            _native.cuda_architectures.replace("-real", "")
+            or "not built (nvcc was not found, or not asked for)"
+        )
         lines.append(f"cuda kernels: {built}")
     version = triton_version()
     lines.append(f"triton: {'.'.join(map(str, version)) if version else 'not installed'}")
-    lines.append("")
+    lines += ["", f"{'op':16} {'on':5} {'backend':10} serves float32"]
     lines += [f"{op:16} {device:5} {name:10} {state}" for op, device, name, state in table()]
     return "\n".join(lines)

@@ -26,6 +26,9 @@ def tensor(name: str, value: Any, *, batch: bool = True) -> Tensor:
         raise TypeError(
             f"{name}: got {value.dtype}, expected float32, bfloat16, float16 or float64"
         )
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: got a {layout} tensor, expected a dense one (torch.strided)")
     if batch and value.ndim == 0:
         raise ValueError(f"{name}: got a 0-d tensor, expected the batch as dimension 0")
     return value
@@ -67,10 +70,11 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """An integer in [low, high)."""
     if isinstance(value, bool):
         raise TypeError(f"{name}: got bool, expected an integer")
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer") from None
+    if not (isinstance(value, int) and torch.compiler.is_compiling()):  # there it may be symbolic
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name}: got {type(value).__name__}, expected an integer") from None
     if value < low or (high is not None and value >= high):
         bound = f"at least {low}" if high is None else f"in [{low}, {high})"
         raise ValueError(f"{name}: got {value}, expected an integer {bound}")
@@ -120,7 +124,7 @@ def seed(value: Any, batch: int, device: torch.device) -> int | tuple[Tensor, in
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"seed: got a {value.dtype} tensor, expected torch.int64")
-        seeds = value.reshape(-1).to(device, non_blocking=True).contiguous()
+        seeds = value.resolve_neg().reshape(-1).to(device, non_blocking=True).contiguous()
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         words = [integer("seed", v, 0, 1 << 64) for v in value]
         seeds = torch.tensor([w - (w >> 63 << 64) for w in words], dtype=torch.int64, device=device)
@@ -138,7 +142,7 @@ def sample_ids(value: Any, batch: int, device: torch.device) -> int | Tensor:
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"sample_ids: got a {value.dtype} tensor, expected torch.int64")
-        ids = value.reshape(-1).to(device, non_blocking=True).contiguous()
+        ids = value.resolve_neg().reshape(-1).to(device, non_blocking=True).contiguous()
     elif isinstance(value, Sequence | np.ndarray | range) and not isinstance(value, str | bytes):
         words = [integer("sample_ids", v, 0, 1 << 63) for v in value]
         ids = torch.tensor(words, dtype=torch.int64, device=device)
@@ -156,6 +160,8 @@ def per_sample(name: str, value: Any, batch: int, device: torch.device) -> float
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         listed = [number(name, v) for v in value]
         value = torch.tensor(listed, dtype=torch.float64, device=device)
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        value = torch.tensor(value, dtype=torch.float64, device=device)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: got {type(value).__name__}, expected a float or one per sample")
     if value.device != device and value.numel() == 1 and value.ndim == 0:
@@ -198,17 +204,24 @@ def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.devi
         raise ValueError(f"out: got {value.dtype} on {value.device}, expected {dtype} on {device}")
     if value.requires_grad:
         raise ValueError("out: requires grad; an output is written without a gradient")
-    if value.numel() == 0 or torch.compiler.is_compiling():
+    if value.numel() == 0 or torch.compiler.is_compiling() or not _has_memory(value):
         return value
     if not value.is_contiguous() and not _is_injective(value):
         raise ValueError("out: several of its elements share memory (an expanded tensor)")
     for given in inputs:
-        if given is not None and given is not value and not _same_view(value, given):
+        if given is None or given is value or not _has_memory(given):
+            continue
+        if not _same_view(value, given):
             if _overlap(value, given):
                 raise ValueError(
                     "out: overlaps an input partly; give the input itself, or other memory"
                 )
     return value
+
+
+def _has_memory(value: Tensor) -> bool:
+    """Whether a tensor's elements lie where it says: not those of subclasses and meta tensors."""
+    return type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta
 
 
 def _is_injective(value: Tensor) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ SOLVERS: dict[str, Callable[..., Plan]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="fastgen", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fastgen", description=(__doc__ or "").replace("``", ""))
     parser.add_argument("--version", action="version", version=f"fastgen {fastgen.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_sample(commands)
@@ -39,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
     options = parser.parse_args(arguments)
     try:
+        if hasattr(options, "out"):
+            _check_picture(options.out)
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         parser.exit(130, "fastgen: interrupted\n")
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, AssertionError) as error:
@@ -53,20 +60,36 @@ def _add_sample(commands: Any) -> None:
         help="sample from a model of the zoo into a PNG",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    sample.add_argument("--model", choices=zoo.names(), default="digits-diffusion", help="which")
-    sample.add_argument("--solver", choices=sorted(SOLVERS), default="ddim", help="of diffusion")
-    sample.add_argument("--steps", type=int, default=50, help="of the solver")
-    sample.add_argument("--spacing", choices=SPACINGS, default="trailing", help="of the timesteps")
-    sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as ddpm")
+    sample.add_argument("--model", choices=zoo.names(), default="digits-diffusion",
+                        help="which of the zoo's")  # fmt: skip
+    sample.add_argument("--solver", choices=sorted(SOLVERS), default="ddim",
+                        help="of digits-diffusion")  # fmt: skip
+    sample.add_argument("--steps", type=int, default=50, help="steps of the solver")
+    sample.add_argument(
+        "--spacing", choices=SPACINGS, default="trailing", help="spacing of the timesteps"
+    )
+    sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as ddpm's")
     sample.add_argument(
         "--guidance", type=float, default=3.0, help="classifier-free guidance scale"
     )
-    sample.add_argument("--labels", default="0-9", help="digits to draw, as in 0-9 or 3,1,4")
-    sample.add_argument("--count", type=int, default=4, help="samples a label (or in tens)")
-    sample.add_argument("--seed", type=int, default=0, help="of all noise")
-    sample.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write")
-    sample.add_argument("--device", default="cpu", help="where to run")
+    sample.add_argument(
+        "--labels", default="0-9", help="digits for digits-diffusion to draw, as in 0-9 or 3,1,4"
+    )
+    sample.add_argument(
+        "--count", type=int, default=4, help="samples of each label; without labels, tens"
+    )
+    sample.add_argument("--seed", type=int, default=0, help="seed of all noise")
+    sample.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG to write")
+    sample.add_argument("--device", default="cpu", help="device to run on")
     sample.set_defaults(run=_sample)
+
+
+def _check_picture(path: Path) -> None:
+    """ValueError, before the work is done, where no PNG can be written."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out: got {path}, expected a name that ends in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: {path.parent} is not a folder")
 
 
 def labels_of(text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,13 +24,21 @@ class Loop:
             loop.step(model(loop.model_input, loop.time))
         result = loop.x
 
-    x: the first sample (B, ...), which is read and never written. seed, sample_ids: of the step
+    plan: what a solver returned. x: the first sample (B, ...), which a Loop reads and never writes
+    (a network that writes into its input would). seed, sample_ids: of the step
     noise; needed where the plan draws any. guidance_scale: g, a float or one per sample, for steps
     that are given ``uncond``. guided: whether the network is called once with [uncond, cond], so
     that ``model_input`` and ``time`` have 2 B rows.
 
-    Two buffers hold the sample turn and turn about; nothing is allocated from step to step.
-    Gradients are not recorded: for those, call ``fastgen.step``.
+    Two buffers hold the sample turn and turn about, and nothing is allocated from step to step: a
+    sample is overwritten two steps later, so clone what you keep of ``x``.
+    To change the sample between steps, assign to ``x``. ``state_dict`` and ``load_state_dict``
+    interrupt a run and go on, with the same bits. Gradients are not recorded: for those, call
+    ``fastgen.step``. backend: as for every op.
+
+    index: how many steps were taken. history: former results that the plan's rows read.
+
+    Raises TypeError or ValueError for arguments that do not fit.
     """
 
     def __init__(
@@ -44,14 +52,13 @@ class Loop:
         guided: bool = False,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan: got {type(plan).__name__}, expected a fastgen.Plan")
+        _check_plan(plan)
         checks.tensor("x", x)
         if any("known" in row.reads for row in plan.rows):
             raise ValueError("plan: a row reads 'known', which a Loop does not carry: fastgen.step")
         if plan.stochastic and seed is None:
             raise ValueError(f"seed: got None, but {plan.solver or 'the plan'} draws noise")
-        self.plan, self.x, self.index = plan, x.detach(), 0
+        self.plan, self._x, self.index = plan, x.detach(), 0
         self.history: list[Tensor | None] = [None] * plan.history
         self._batch, self._guided = x.shape[0], guided
         self._backend = backend
@@ -72,20 +79,79 @@ class Loop:
         shape = (copies * self._batch, *x.shape[1:])
         self._buffers = [x.new_empty(shape), x.new_empty(shape)] if len(plan) > 1 else []
         self._times = plan.times(x.device)
-        first = plan.rows[0].input_scale
-        self._input = self.x if first == 1.0 else self._scaled(self.x, first)
-        if guided:
-            self._input = torch.cat([self._input, self._input])
         self._made_input = x.new_empty(shape) if any(map(_makes_input, plan.rows)) else None
+        self._input = self._input_anew()
+
+    def __repr__(self) -> str:
+        return f"Loop({self.plan!r}, {self.index} steps taken, x {tuple(self._x.shape)})"
+
+    @property
+    def x(self) -> Tensor:
+        """The sample (B, ...). Assigning to it (its shape; any floating dtype) changes the run: the
+        network sees the new sample. A change in place is seen once ``loop.x = loop.x`` is run."""
+        return self._x
+
+    @x.setter
+    @torch.no_grad()
+    def x(self, value: Tensor) -> None:
+        checks.like("x", value, "x", self._x)
+        if self.index == 0:
+            self._x = value.detach().to(self._x.dtype)
+        elif value is not self._x:
+            self._x.copy_(value)
+        if not self.done:
+            self._input = self._input_anew()
 
     @property
     def done(self) -> bool:
+        """Whether all steps were taken."""
         return self.index == len(self.plan)
 
     @property
     def row(self) -> Row:
         """The row that the next step runs; IndexError when the run is done."""
+        if self.done:
+            raise IndexError(f"the run is done: all {len(self.plan)} steps were taken")
         return self.plan.rows[self.index]
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands: ``index``, ``x`` and ``history``, copied; for ``torch.save``.
+
+        The rest of a run is its plan, seed, sample_ids and guidance_scale, which the caller has.
+        """
+        history = [None if h is None else h.clone() for h in self.history]
+        return {"index": self.index, "x": self._x.clone(), "history": history}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where another run of the same plan, shape and seed stood.
+
+        Raises ValueError or TypeError for a state that does not fit, before anything is changed.
+        """
+        missing = {"index", "x", "history"} - set(state)
+        if missing:
+            raise ValueError(f"state: lacks {', '.join(sorted(missing))}")
+        index = checks.integer("state['index']", state["index"], 0, len(self.plan) + 1)
+        history = list(state["history"])
+        if len(history) != len(self.history):
+            raise ValueError(
+                f"state['history']: got {len(history)} slots, expected {len(self.history)}"
+            )
+        x = checks.like("state['x']", state["x"], "x", self._x)
+        for slot, kept in enumerate(history):
+            if kept is not None:
+                checks.like(f"state['history'][{slot}]", kept, "x", self._x)
+        self.index = index
+        self.history = [None if h is None else h.to(self._history_dtype, copy=True)
+                        for h in history]  # fmt: skip
+        if 0 < index < len(self.plan):
+            self._x = self._buffers[(index - 1) % 2][: self._batch]
+            self._x.copy_(x)
+        else:
+            self._x = x.to(self._x.dtype, copy=True)
+        if not self.done:
+            self._input = self._input_anew()
 
     @property
     def model_input(self) -> Tensor:
@@ -94,13 +160,19 @@ class Loop:
 
     @property
     def time(self) -> Tensor:
-        """What the network is told: (B or 2 B,) int64 timesteps, or float32 noise levels."""
+        """What the network is told: (B or 2 B,) int64 timesteps, or float32 noise levels.
+
+        IndexError when the run is done.
+        """
+        if self.done:
+            raise IndexError(f"the run is done: all {len(self.plan)} steps were taken")
         return self._times[self.index].expand(self._input.shape[0])
 
     @torch.no_grad()
     def step(self, output: Tensor, uncond: Tensor | None = None) -> Tensor:
         """Moves the sample one row on by the network's output (of model_input's shape if guided:
-        its halves are then uncond and cond). Returns the new sample.
+        its halves are then uncond and cond). Returns the new sample, which the step after the next
+        overwrites.
 
         Raises ValueError or TypeError for an output that does not fit, IndexError when done.
         """
@@ -123,7 +195,7 @@ class Loop:
             seed=self._seed if row.noises else None, sample_ids=self._ids, step=self.index,
             out=targets,
         )  # fmt: skip
-        self.x = targets[0]
+        self._x = targets[0]
         self.index += 1
         if not self.done:
             self._input = self._next_input()
@@ -137,8 +209,9 @@ class Loop:
         for output in self._rows[self.index].outputs[1:]:
             if isinstance(output.target, int):
                 if self.history[output.target] is None:
-                    dtype = torch.promote_types(self.x.dtype, torch.float32)
-                    self.history[output.target] = torch.empty_like(self.x, dtype=dtype)
+                    self.history[output.target] = torch.empty_like(
+                        self.x, dtype=self._history_dtype
+                    )
                 targets.append(self.history[output.target])  # type: ignore[arg-type]
             elif _makes_input(row):
                 targets.append(self._made_input[: self._batch])  # type: ignore[index]
@@ -155,11 +228,33 @@ class Loop:
             whole[self._batch :].copy_(whole[: self._batch])
         return whole
 
+    def _input_anew(self) -> Tensor:
+        """The network input made from the sample alone, whatever the last step made."""
+        scale = self.row.input_scale
+        x = self._x if scale == 1.0 else self._scaled(self._x, scale)
+        if self.index == 0:
+            return torch.cat([x, x]) if self._guided else x
+        whole = self._buffers[(self.index - 1) % 2] if scale == 1.0 else self._made_input
+        assert whole is not None
+        for half in whole.split(self._batch) if self._batch else ():
+            if half.data_ptr() != x.data_ptr():
+                half.copy_(x)
+        return whole
+
+    @property
+    def _history_dtype(self) -> torch.dtype:
+        return torch.promote_types(self._x.dtype, torch.float32)
+
     def _scaled(self, x: Tensor, scale: float) -> Tensor:
         row = Row((Output({"x": scale}),))
         backend = kernel.choose(self._backend, x)
         return kernel.run(x.shape, row, backend=backend, dtypes=(x.dtype,), device=x.device,
                           like=x, x=x)[0]  # fmt: skip
+
+
+def _check_plan(plan: Any) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: got {type(plan).__name__}, expected a fastgen.Plan")
 
 
 def _makes_input(row: Row) -> bool:
@@ -208,11 +303,17 @@ def sample(
     cond, uncond: any tree of tensors with the batch first. With guidance_scale g (a float or one
         per sample) the network is called once a step with [uncond, cond], and its outputs become
         u + g (c - u).
-    progress: shows a bar. callback: called with the ``Loop`` after every step.
+        An uncond of one row is that of every sample.
+    progress: shows a bar. callback: called with the ``Loop`` after every step; it may change
+        ``loop.x``, and must clone what it keeps of it, since a later step overwrites it.
+
+    For a run with other arguments of the network, a backend, or an early end, write the loop over a
+    ``Loop`` yourself.
 
     Returns (B, ...). Gradients are not recorded. Raises TypeError or ValueError for what does not
     fit.
     """
+    _check_plan(plan)
     if (shape is None) == (x is None):
         raise ValueError(
             f"shape, x: got {'neither' if x is None else 'both'}, expected one of them"
@@ -229,7 +330,7 @@ def sample(
     if guided:
         if cond is None:
             raise ValueError("cond: got None, but guidance takes cond and uncond")
-        cond = pytree.tree_map(_concatenate, uncond, cond)
+        cond = _both(uncond, cond)
     loop = Loop(
         plan,
         x,
@@ -244,6 +345,8 @@ def sample(
         loop.step(prediction)
         if callback is not None:
             callback(loop)
+            if not loop.done:
+                loop.x = loop.x  # the network sees what was changed in place
     return loop.x
 
 
@@ -257,8 +360,31 @@ def _first_sample(plan, shape, seed, sample_ids, dtype, device) -> Tensor:
     return z.mul_(plan.initial_scale).to(dtype or torch.float32)
 
 
+def _both(uncond: Any, cond: Any) -> Any:
+    """[uncond, cond] along the batch, leaf by leaf; a leaf without a batch is cond's."""
+    leaves, structure = pytree.tree_flatten(cond)
+    others, other_structure = pytree.tree_flatten(uncond)
+    if structure != other_structure:
+        raise ValueError(
+            f"uncond: got a {type(uncond).__name__} that is not built as cond, "
+            f"a {type(cond).__name__}"
+        )
+    return pytree.tree_unflatten(map(_concatenate, others, leaves), structure)
+
+
 def _concatenate(uncond: Any, cond: Any) -> Any:
-    return torch.cat([uncond, cond]) if isinstance(cond, Tensor) else cond
+    if not isinstance(cond, Tensor) or cond.ndim == 0:
+        return cond
+    if not isinstance(uncond, Tensor):
+        raise TypeError(f"uncond: got {type(uncond).__name__} where cond has a torch.Tensor")
+    if uncond.ndim == cond.ndim and uncond.shape[0] == 1:
+        uncond = uncond.expand(cond.shape[0], *uncond.shape[1:])
+    if uncond.shape != cond.shape:
+        raise ValueError(
+            f"uncond: got shape {tuple(uncond.shape)}, expected cond's {tuple(cond.shape)}, "
+            "or one row of it"
+        )
+    return torch.cat([uncond, cond])
 
 
 def _steps(count: int, progress: bool):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -11,6 +12,8 @@ from types import MappingProxyType
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import checks
 
 HISTORY = 7
 INPUTS = ("x", "e", "u", "denoised", "known", *(f"h{k}" for k in range(HISTORY)))
@@ -34,12 +37,17 @@ class Output:
     target: str | int = "x"
 
     def __post_init__(self) -> None:
+        if isinstance(self.noise, numbers.Real):
+            raise TypeError(f"noise: got {self.noise}, expected a factor a normal, as in (1.0,)")
+        for name, weight in self.weights.items():
+            if not isinstance(weight, numbers.Real) or isinstance(weight, bool):
+                raise TypeError(f"weights[{name!r}]: got {type(weight).__name__}, expected a float")
         unknown = set(self.weights) - set(INPUTS)
         if unknown:
             raise ValueError(f"weights: unknown input {sorted(unknown)[0]!r}, expected {INPUTS}")
         if len(self.noise) > MAX_NOISES:
             raise ValueError(f"noise: got {len(self.noise)} factors, expected at most {MAX_NOISES}")
-        slot = isinstance(self.target, int) and self.target in range(HISTORY)
+        slot = type(self.target) is int and self.target in range(HISTORY)
         if not slot and self.target not in ("x", "input"):
             raise ValueError(
                 f"target: got {self.target!r}, expected 'x', 'input' or a slot below {HISTORY}"
@@ -76,7 +84,7 @@ class Row:
 
     outputs: tuple[Output, ...]
     denoised: tuple[float, float] = (0.0, 0.0)
-    clip: tuple[float, float] | None = None
+    clip: float | tuple[float, float] | None = None
     logvar: tuple[float, float] = (1.0, 0.0)
     model_time: float = 0.0
     input_scale: float = 1.0
@@ -86,12 +94,13 @@ class Row:
     reads: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.outputs, Output):
+            raise TypeError("outputs: got an Output, expected a sequence of them")
         object.__setattr__(self, "outputs", tuple(self.outputs))
         if not 1 <= len(self.outputs) <= MAX_OUTPUTS:
             raise ValueError(f"outputs: got {len(self.outputs)}, expected 1 to {MAX_OUTPUTS}")
-        low, high = self.clip or (-math.inf, math.inf)
-        if not low <= high:
-            raise ValueError(f"clip: got ({low}, {high}), expected low <= high")
+        if self.clip is not None:
+            object.__setattr__(self, "clip", checks.interval("clip", self.clip))
         numbers = [*self.denoised, *self.logvar, self.model_time, self.input_scale]
         for output in self.outputs:
             numbers += [*output.weights.values(), *output.noise]
@@ -125,17 +134,19 @@ class Row:
         return row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A whole sampling run: what a solver returns.
 
     A solver computes in float64; a row holds its numbers rounded once to float32.
 
-    rows: one a step. initial_scale: standard deviation of the first sample. history: how many
-    slots of former results the rows use. discrete: whether ``model_time`` is an integer timestep
-    (int64 for the network) or a noise level (float32). solver: its name, for people.
+    rows: one a step. initial_scale: standard deviation of the first sample. discrete: whether
+    ``model_time`` is an integer timestep (int64 for the network) or a noise level (float32).
+    solver: its name, for people.
 
-    Raises ValueError where a row reads a history slot that no earlier row has written.
+    Raises ValueError where a row reads a history slot that no earlier row has written (a row may
+    read a slot that it writes: it reads what was there before), where a discrete plan has a time
+    that is no integer, or where an input that must be scaled is not made by the row before.
     """
 
     rows: tuple[Row, ...]
@@ -145,12 +156,19 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
+        strangers = [type(row).__name__ for row in self.rows if not isinstance(row, Row)]
+        if strangers:
+            raise TypeError(f"rows: got a {strangers[0]}, expected Rows")
         if not self.rows:
             raise ValueError("rows: got none, expected at least one step")
         if not (math.isfinite(self.initial_scale) and self.initial_scale >= 0):
             raise ValueError(f"initial_scale: got {self.initial_scale}, expected a finite number")
         written: set[str] = set()
         for i, row in enumerate(self.rows):
+            if self.discrete and row.model_time != int(row.model_time):
+                raise ValueError(
+                    f"rows[{i}]: model_time {row.model_time} is no timestep; discrete=False?"
+                )
             if row.outputs[0].target != "x":
                 raise ValueError(f"rows[{i}]: the first output must be the next sample")
             targets = [output.target for output in row.outputs]
@@ -170,8 +188,13 @@ class Plan:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __repr__(self) -> str:
+        kind = "stochastic" if self.stochastic else "deterministic"
+        return f"Plan({self.solver or 'unnamed'}, {len(self)} steps, {kind})"
+
     @property
     def network_calls(self) -> int:
+        """How often a run calls the network."""
         return len(self.rows)
 
     @functools.cached_property
@@ -182,6 +205,7 @@ class Plan:
 
     @functools.cached_property
     def stochastic(self) -> bool:
+        """Whether any row draws noise."""
         return any(row.noises for row in self.rows)
 
     def table(self, device: torch.device | str | None = None) -> Tensor:

@@ -59,7 +59,7 @@ def test_labels(text, labels):
         (["sample", "--steps", "2000"], "steps: got 2000"),
         (["sample", "--count", "0"], "--count: got 0"),
         (["sample", "--seed", "-1"], "seed: got -1"),
-        (["sample", "--out", "/nowhere/at/all.png", "--steps", "1"], "No such file"),
+        (["sample", "--out", "/nowhere/at/all.png", "--steps", "1"], "is not a folder"),
         (["sample", "--model", "mnist"], "invalid choice: 'mnist'"),
         ([], "required"),
     ],

@@ -154,8 +154,9 @@ void fold_piece(const FoldParams& p, const Piece& piece) {
 
 void fold_row(const FoldParams& p, Piece piece) {
     const int64_t stride = p.stride[2];
+    const int64_t phases = stride < p.out_size[2] ? stride : p.out_size[2];  // with any output
     piece.phases = stride == 2 ? 2 : 1;
-    for (piece.phase = 0; piece.phase < stride; piece.phase += piece.phases) {
+    for (piece.phase = 0; piece.phase < phases; piece.phase += piece.phases) {
         const int64_t total = (p.out_size[2] - piece.phase + stride - 1) / stride;
         for (piece.first = 0; piece.first < total; piece.first += kRun) {
             piece.count = total - piece.first < kRun ? total - piece.first : kRun;

@@ -83,7 +83,9 @@ def _conv_transpose(
     target = None  # where a kernel may write: `out`, unless it is an input as well
     if out is not None:
         checks.out(out, shape if batched else shape[1:], input.dtype, input.device, operands)
-        if not any(t is not None and t.data_ptr() == out.data_ptr() for t in operands):
+        if is_plain(out) and not any(
+            t is not None and t.data_ptr() == out.data_ptr() for t in operands
+        ):
             target = out if batched else out.unsqueeze(0)
     arguments = (x, weight, bias, *geometry, scale, shift, activation, slope)
     if name == "reference":
@@ -96,7 +98,7 @@ def _conv_transpose(
         y = y.squeeze(0)
     if out is None:
         return y
-    in_place = target is not None and y.data_ptr() == out.data_ptr()
+    in_place = target is not None and y.data_ptr() == target.data_ptr()
     return out if in_place else kernel.written(out, y)
 
 
@@ -123,15 +125,18 @@ def launch(
 # ---- arguments ----------------------------------------------------------------------------------
 
 
+_SIZES_END = 1 << 31  # as PyTorch's own
+
+
 def _sizes(name: str, value: Any, dims: int, low: int) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= low:
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value < _SIZES_END:
         return (value,) * dims
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         if len(value) not in (1, dims):
             raise ValueError(f"{name}: got {len(value)} values, expected one, or {dims}")
-        sizes = tuple(checks.integer(name, v, low) for v in value)
+        sizes = tuple(checks.integer(name, v, low, _SIZES_END) for v in value)
         return sizes * dims if len(sizes) == 1 else sizes
-    return (checks.integer(name, value, low),) * dims
+    return (checks.integer(name, value, low, _SIZES_END),) * dims
 
 
 Checked = tuple[tuple[Any, Any, Any, Any, Any], float, tuple[int, ...], str]

@@ -37,6 +37,20 @@ def is_eager() -> bool:
     return not (_is_compiling() or _dispatch_modes() or _function_modes() or is_transformed())
 
 
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether any stands for several, as gradients do in a vectorised Jacobian."""
+    functorch = torch._C._functorch
+    return any(
+        t is not None and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
+        for t in tensors
+    )
+
+
+def constant(value):
+    """A float that a row is made from: in a graph of torch.compile one value, not a symbol."""
+    return float.fromhex(value.hex()) if type(value) is float and _is_compiling() else value
+
+
 def is_plain(*tensors: Tensor | None, recording: bool = False) -> bool:
     """Whether all are ordinary tensors, outside modes and transforms, that need no gradient;
     recording: or that need one, for an autograd.Function to record."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..plan import INPUTS, MAX_NOISES, MAX_OUTPUTS, ROW_FLOATS, Output, Row
 from . import kernel
+from .dispatch import constant
 from .noise import FORWARD_DIFFUSION
 from .reparameterize import noise_source
 
@@ -44,6 +45,7 @@ def add_noise(
     if isinstance(alpha_bar, Sequence) and not isinstance(alpha_bar, str | bytes):
         levels = [checks.alpha_bar("alpha_bar", a) for a in alpha_bar]
         alpha_bar = torch.tensor(levels, dtype=torch.float64, device=getattr(x0, "device", None))
+    alpha_bar = constant(alpha_bar)
     if (
         x0 is not None
         and backend is None and sample_ids is None and not (return_noise or return_velocity)
@@ -77,7 +79,7 @@ def add_noise(
     return tuple(results) if count > 1 else results[0]
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(1024, typed=True)
 @torch.compiler.assume_constant_result
 def _row(level: float, return_noise: bool, return_velocity: bool) -> Row:
     signal, sigma = np.sqrt(level), np.sqrt(1.0 - level)

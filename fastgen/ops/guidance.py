@@ -15,7 +15,7 @@ from ..reference import guidance as reference
 from ..reference.arithmetic import per_sample_rows
 from ..reference.step import per_sample
 from . import kernel
-from .dispatch import LIBRARY, is_plain
+from .dispatch import LIBRARY, constant, is_plain
 
 _ROW = Row((Output({"e": 1.0}),))
 _TERMS = ("x", "e", "known", *(f"h{k}" for k in range(HISTORY)))
@@ -83,7 +83,7 @@ def combine(
     dtype. A weight of zero leaves its tensor unread. Raises ValueError or TypeError for what does
     not fit.
     """
-    outputs, weights = list(outputs), list(weights)
+    outputs, weights = list(outputs), [constant(weight) for weight in weights]
     if len(outputs) != len(weights):
         raise ValueError(f"weights: got {len(weights)}, expected {len(outputs)}, one an output")
     if not 1 <= len(outputs) <= len(_TERMS):

@@ -275,7 +275,7 @@ def _drawn(noise: list[Tensor], rows: Tensor, row_index, seeds, sample_ids, step
         return list(noise)
     if row_index is not None:
         step = row_index.view(()) + step
-    used = MAX_NOISES
+    used = len(streams)
     if rows.device.type == "cpu" and is_eager():  # elsewhere, looking would synchronise
         scales = rows.detach()[:, -MAX_OUTPUTS * MAX_NOISES :].view(-1, MAX_OUTPUTS, MAX_NOISES)
         columns = (scales != 0).any(0).any(0)

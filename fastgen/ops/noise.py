@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ def randn(
     if out is not None:
         dtype = dtype or out.dtype
         device = device if device is not None else out.device
+    if not isinstance(shape, Iterable):
+        raise TypeError(f"shape: got {type(shape).__name__}, expected a sequence of integers")
     shape = tuple(checks.integer("shape", n, 0) for n in shape)
     if not shape:
         raise ValueError("shape: got (), expected the batch as dimension 0")

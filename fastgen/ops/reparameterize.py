@@ -14,7 +14,7 @@ from ..reference.arithmetic import CHUNK, per_sample_rows, sum_by_halves
 from ..reference.noise import normal
 from ..reference.step import per_sample
 from . import kernel
-from .dispatch import LIBRARY, is_plain
+from .dispatch import LIBRARY, is_batched, is_plain
 from .noise import REPARAMETERIZE
 
 _NO_CLAMP = (-math.inf, math.inf)
@@ -265,7 +265,11 @@ def _gradients(mean, logvar, noise, seeds, ids, step, grad_z, grad_kl, low, high
         grad_z = None
     if grad_z is None and grad_kl is None:
         return None, None, None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # double backward
+    if torch.compiler.is_compiling():
+        differentiable = False
+    else:  # double or vectorised backward
+        differentiable = torch.is_grad_enabled() or is_batched(grad_z, grad_kl)
+    if differentiable:
         if isinstance(seeds, int):
             seeds, ids = kernel._seed_tensors(seeds, 0 if ids is None else ids, mean.shape[0],
                                               mean.device)  # fmt: skip

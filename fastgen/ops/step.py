@@ -12,7 +12,7 @@ from ..plan import HISTORY, INPUTS, MAX_NOISES, MAX_OUTPUTS, ROW_FLOATS, Row
 from ..solvers.ddim import ddim_row
 from ..solvers.ddpm import ddpm_row
 from . import kernel
-from .dispatch import is_eager
+from .dispatch import constant, is_eager
 
 
 def step(
@@ -91,9 +91,7 @@ def step(
         checks.size(shape)
         key = checks.seed(seed, batch, device)
         ids = checks.sample_ids(sample_ids, batch, device)
-    guidance = checks.per_sample("guidance_scale", guidance_scale, batch, device)
-    if isinstance(guidance, Tensor):
-        guidance = guidance.float()
+    guidance = _guidance(guidance_scale, uncond, batch, device)
     if output_scale is not None:
         scale = checks.per_sample("output_scale", output_scale, batch, device)
         if not isinstance(scale, Tensor) or scale.numel() != batch:
@@ -211,7 +209,9 @@ def ddpm_step(
         raise ValueError(
             f"variance: got {variance!r}, expected 'fixed_small', 'fixed_large' or a tensor"
         )
-    row = ddpm_row(alpha_bar, alpha_bar_prev, prediction, _bounds(clip), variance)
+    row = ddpm_row(
+        constant(alpha_bar), constant(alpha_bar_prev), prediction, _bounds(clip), variance
+    )
     return _one_step(row, x, model_output, uncond, guidance_scale, logvar, seed, noise, step,
                      sample_ids, out, backend)  # fmt: skip
 
@@ -242,14 +242,22 @@ def ddim_step(
     The other arguments, the result and what is raised are ``ddpm_step``'s.
     """
     row = ddim_row(
-        alpha_bar, alpha_bar_prev, prediction, _bounds(clip), eta, use_clipped_model_output
-    )
+        constant(alpha_bar), constant(alpha_bar_prev), prediction, _bounds(clip), constant(eta),
+        use_clipped_model_output,
+    )  # fmt: skip
     return _one_step(row, x, model_output, uncond, guidance_scale, None, seed, noise, step,
                      sample_ids, out, backend)  # fmt: skip
 
 
-def _bounds(clip):
-    return tuple(clip) if isinstance(clip, list) else clip  # rows are cached by their arguments
+def _bounds(clip):  # rows are cached by their arguments
+    return tuple(map(constant, clip)) if isinstance(clip, list | tuple) else constant(clip)
+
+
+def _guidance(scale, uncond: Tensor | None, batch: int, device: torch.device) -> float | Tensor:
+    guidance = checks.per_sample("guidance_scale", scale, batch, device)
+    if uncond is None and (isinstance(guidance, Tensor) or guidance != 1.0):
+        raise ValueError(f"guidance_scale: got {scale} without uncond, which it weighs against")
+    return guidance.float() if isinstance(guidance, Tensor) else guidance
 
 
 def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count, sample_ids, out,
@@ -257,9 +265,10 @@ def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count,
     """``step`` for one output: straight to the kernel, or by way of every check."""
     if backend is None and sample_ids is None and x is not None and output is not None:
         draws = row.noises > 0
+        unguided = uncond is None and guidance != 1.0 if type(guidance) is float else False
         needs_source = draws and ((seed is None) == (noise is None) or
                                   (seed is not None and step_count is None))  # fmt: skip
-        if not needs_source:
+        if not needs_source and not unguided:
             result = kernel.quick(
                 row, x, output, uncond, None, logvar, noise=noise if draws else None,
                 guidance=guidance, seed=seed if draws else None, step=step_count, out=out,
@@ -273,9 +282,7 @@ def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count,
         checks.like("uncond", uncond, "x", x)
     if logvar is not None:
         checks.like("variance", logvar, "x", x)
-    guidance = checks.per_sample("guidance_scale", guidance, shape[0], device)
-    if isinstance(guidance, Tensor):
-        guidance = guidance.float()
+    guidance = _guidance(guidance, uncond, shape[0], device)
     key: kernel.Seed = None
     ids: int | Tensor = 0
     normals: tuple[Tensor, ...] = ()

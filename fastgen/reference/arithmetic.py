@@ -6,6 +6,8 @@ those of ``csrc/math``. float64 input takes torch's own functions instead: that 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -82,8 +84,10 @@ def cos_sin_turn(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Exp(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         clamped = torch.where(x > 89.0, 89.0, x)
         clamped = torch.where(clamped < -104.0, -104.0, clamped)
         shifted = clamped * float.fromhex("0x1.715476p+0") + _ROUND_MAGIC
@@ -94,13 +98,22 @@ class _Exp(torch.autograd.Function):
         half = k >> 1
         first = (half + 127 << 23).view(torch.float32)
         second = (k - half + 127 << 23).view(torch.float32)
-        ctx.save_for_backward(x)
         return p * first * second
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return grad * _Exp.apply(x)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent * _Exp.apply(x)
 
 
 def exp(x: Tensor) -> Tensor:
@@ -130,7 +143,7 @@ def sum_by_halves(values: Tensor) -> Tensor:
 
 def per_sample_rows(values: Tensor) -> Tensor:
     """(B, ...) as (B, elements of a sample); a (B,) tensor has one element a sample."""
-    return values.flatten(1) if values.ndim > 1 else values[:, None]
+    return values.reshape(values.shape[0], math.prod(values.shape[1:]))
 
 
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -51,10 +51,16 @@ def guide(cond: Tensor, uncond: Tensor | None, guidance: Tensor) -> Tensor:
 class _Guide(torch.autograd.Function):
     """The same with the derivative by g, which the choice at g = 1 would hide."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, cond: Tensor, uncond: Tensor, g: Tensor) -> Tensor:
-        ctx.save_for_backward(cond, uncond, g)
+    def forward(cond: Tensor, uncond: Tensor, g: Tensor) -> Tensor:
         return torch.where(g == 1, cond, uncond + g * (cond - uncond))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -65,6 +71,12 @@ class _Guide(torch.autograd.Function):
             torch.where(one, 0.0, (1.0 - g) * grad),
             grad * (cond - uncond),
         )
+
+    @staticmethod
+    def jvp(ctx, of_cond: Tensor, of_uncond: Tensor, of_g: Tensor) -> Tensor:
+        cond, uncond, g = ctx.saved_tensors
+        along = torch.where(g == 1, of_cond, of_uncond + g * (of_cond - of_uncond))
+        return along + of_g * (cond - uncond)
 
 
 def clip(value: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .ddpm import Clip
 from .prediction import denoised, epsilon, folded
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(4096, typed=True)
 @assume_constant_result
 def ddim_row(
     alpha_bar: float,

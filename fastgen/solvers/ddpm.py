@@ -16,7 +16,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned")
 Clip = float | tuple[float, float] | None
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(4096, typed=True)
 @assume_constant_result
 def ddpm_row(
     alpha_bar: float,

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastgen.zoo import networks, weights
+from fastgen.zoo import networks
 
 __all__ = ["card", "load", "names"]
 
@@ -36,6 +36,8 @@ def load(name: str, device: torch.device | str | None = None) -> nn.Module:
 
     ValueError: the name is unknown, or its weight file is damaged or another model's.
     """
+    from fastgen.zoo import weights  # needs safetensors, which the names do not
+
     path = _path(name)
     model = _NETWORKS[name]()
     weights.read(path, model)
@@ -44,6 +46,8 @@ def load(name: str, device: torch.device | str | None = None) -> nn.Module:
 
 def card(name: str) -> str:
     """One line on a model: what it is, its data, size, training and measured quality."""
+    from fastgen.zoo import weights
+
     return weights.card(_path(name))
 
 

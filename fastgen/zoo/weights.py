@@ -8,9 +8,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
+
+try:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+except ImportError:
+    raise ImportError(
+        "fastgen.zoo: needs safetensors (pip install fastgen-samplers[cli])"
+    ) from None
 
 
 def write(path: Path, model: nn.Module, card: str) -> None:
