@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastgen
@@ -187,3 +188,131 @@ def test_a_kernel_of_size_zero_is_refused():
 def test_odd_labels_are_refused(text):
     with pytest.raises(ValueError, match="--labels"):
         cli.labels_of(text)
+
+
+# ---- tensors without memory of their own, transforms of gradients --------------------------------
+
+
+@pytest.mark.parametrize("make", [Tensor.to_sparse, Tensor.to_mkldnn])
+def test_layouts_that_are_not_dense_are_refused_by_name(make):
+    with pytest.raises(TypeError, match="x: got a torch"):
+        fastgen.ddim_step(make(X), C, 0.5, 0.6)
+
+
+class Wrapper(torch.Tensor):
+    """Has no memory: a kernel that wrote to it would crash."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
+        raise RuntimeError(f"dispatched {function}")
+
+
+def test_an_output_without_memory_is_left_to_the_dispatcher():
+    out = torch.Tensor._make_wrapper_subclass(Wrapper, (1, 3, 5, 5))
+    with pytest.raises(RuntimeError, match=r"dispatched aten.copy_"):
+        fastgen.conv_transpose2d(torch.randn(1, 2, 4, 4), torch.randn(2, 3, 2, 2), out=out)
+    out = torch.empty(3, 2, device="meta").t()
+    assert fastgen.ddim_step(X.to("meta"), C.to("meta"), 0.5, 0.6, out=out) is out
+    assert fastgen.randn((2, 3), seed=0, device="meta").shape == (2, 3)
+
+
+def test_gradients_may_be_vectorised_and_differentiated_forward():
+    mean, logvar = X.clone().requires_grad_(), C.clone().requires_grad_()
+    outputs = fastgen.reparameterize(mean, logvar, seed=0, step=0, return_kl=True)
+    directions = torch.randn(4, 2, 3), torch.randn(4, 2)
+    batched = torch.autograd.grad(
+        outputs, (mean, logvar), directions, is_grads_batched=True, retain_graph=True
+    )
+    for i in range(4):
+        one = torch.autograd.grad(
+            outputs, (mean, logvar), [d[i] for d in directions], retain_graph=True
+        )
+        torch.testing.assert_close([b[i] for b in batched], list(one))
+    eps = fastgen.randn(X.shape, seed=0, step=0, stream=3)
+    tangents = torch.func.jvp(
+        lambda v: fastgen.reparameterize(X, v, seed=0, step=0), (C,), (torch.ones_like(C),)
+    )
+    torch.testing.assert_close(tangents[1], 0.5 * torch.exp(C / 2) * eps)
+    hessian = torch.func.hessian(lambda v: fastgen.reparameterize(X, v, seed=0, step=0).sum())(C)
+    diagonal = torch.diagonal(hessian.reshape(6, 6)).view_as(C)
+    torch.testing.assert_close(diagonal, 0.25 * torch.exp(C / 2) * eps)
+
+
+def test_compiled_calls_take_new_levels_and_steps():
+    levels = fastgen.NoiseSchedule.linear().pairs(4)
+    step = torch.compile(
+        lambda x, c, a, b, i: fastgen.ddpm_step(x, c, a, b, seed=0, step=i), backend="aot_eager"
+    )
+    for i, (_, a, b) in enumerate(levels):
+        assert_same_bits(step(X, C, a, b, i), fastgen.ddpm_step(X, C, a, b, seed=0, step=i))
+    train = torch.compile(
+        lambda m, v, i: (
+            fastgen.reparameterize(m, v, seed=0, step=i),
+            fastgen.add_noise(m, 0.3, seed=1, step=i),
+        ),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    for i in range(12):  # beyond the recompile limit: the step is no constant of the graph
+        expected = (
+            fastgen.reparameterize(X, C, seed=0, step=i),
+            fastgen.add_noise(X, 0.3, seed=1, step=i),
+        )
+        assert_same_bits(train(X, C, i), expected)
+
+
+def test_a_compiled_add_noise_has_a_gradient():
+    x = X.clone().requires_grad_()
+    noise = torch.compile(lambda x: fastgen.add_noise(x, 0.5, seed=0, step=0).sum(),
+                          backend="aot_eager", fullgraph=True)  # fmt: skip
+    (gradient,) = torch.autograd.grad(noise(x), x)
+    torch.testing.assert_close(gradient, torch.full_like(X, 0.5**0.5))
+
+
+def test_guidance_without_uncond_is_refused():
+    for call in (
+        lambda g: fastgen.ddim_step(X, C, 0.5, 0.6, guidance_scale=g),
+        lambda g: fastgen.step(Row((Output({"x": 1.0, "e": 1.0}),)), X, C, guidance_scale=g),
+    ):
+        for g in (3.0, torch.tensor([1.0, 2.0])):
+            with pytest.raises(ValueError, match=r"guidance_scale: got .* without uncond"):
+                call(g)
+        call(1.0)
+
+
+def test_a_check_does_not_depend_on_earlier_calls():
+    fastgen.ddim_step(X, C, 0.5, 0.6, clip=1.0)
+    with pytest.raises(TypeError, match="clip: got True"):
+        fastgen.ddim_step(X, C, 0.5, 0.6, clip=True)
+    image, weight = torch.randn(1, 2, 4, 4), torch.randn(2, 3, 2, 2)
+    for _ in range(2):
+        fastgen.conv_transpose2d(image, weight, stride=1)
+        with pytest.raises(TypeError, match="groups: got bool"):
+            fastgen.conv_transpose2d(image, weight, groups=True)
+
+
+@pytest.mark.parametrize("stride", [1 << 31, 1 << 40])
+def test_a_stride_beyond_pytorchs_is_refused(stride):
+    with pytest.raises(ValueError, match="stride: got"):
+        fastgen.conv_transpose1d(torch.ones(1, 1, 1), torch.ones(1, 1, 1), stride=stride)
+
+
+def test_a_backend_is_named_by_a_string():
+    with pytest.raises(TypeError, match="backend: got list"):
+        fastgen.ddim_step(X, C, 0.5, 0.6, backend=[])
+
+
+def test_the_divergence_of_the_straight_path_is_that_of_the_others():
+    mean, logvar = torch.randn(2, 3, 5, 700)
+    z, kl = fastgen.reparameterize(mean, logvar, seed=4, step=2, return_kl=True)
+    assert_same_bits(kl, fastgen.gaussian_kl(mean, logvar, backend="reference"))
+    assert_same_bits(z, fastgen.reparameterize(mean, logvar, seed=4, step=2, backend="reference"))
+    assert fastgen.reparameterize(mean[:0], logvar[:0], seed=4, step=2, return_kl=True)[
+        1
+    ].shape == (0,)
+
+
+def test_large_new_outputs_have_the_bits_of_small_ones():
+    x, c = torch.randn(2, 4, 3, 512, 513)  # beyond the size of huge pages, at odd offsets
+    whole = fastgen.ddpm_step(x, c, 0.5, 0.6, seed=0, step=1)
+    assert_same_bits(whole[:1], fastgen.ddpm_step(x[:1], c[:1], 0.5, 0.6, seed=0, step=1))

@@ -255,3 +255,24 @@ def test_the_table_is_the_rows_and_the_times_are_the_networks():
     assert levels.times().tolist() == np.float32([0.1, 14.6]).tolist()
     stacked = stack_rows([plan.rows[3], plan.rows[0]])
     assert torch.equal(stacked, table[[3, 0]])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Output(noise=0.5),
+        lambda: Output({"x": "1"}),
+        lambda: Row(Output({"x": 1.0})),
+        lambda: Plan([1]),
+    ],
+)
+def test_what_is_no_table_is_refused(make):
+    with pytest.raises(TypeError, match="got"):
+        make()
+
+
+def test_a_discrete_plan_has_integer_times():
+    row = Row((Output({"x": 1.0}),), model_time=0.5)
+    with pytest.raises(ValueError, match="model_time"):
+        Plan((row,))
+    assert len(Plan((row,), discrete=False)) == 1

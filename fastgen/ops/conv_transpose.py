@@ -146,7 +146,7 @@ _known: dict[tuple, Checked] = {}
 
 def _check_once(dims: int, operands: tuple, options: tuple, backend: str | None) -> Checked:
     """``_check``, whose answer for valid arguments is kept by all that it looks at."""
-    key = (dims, options, backend, *[
+    key = (dims, options, *map(type, options), backend, *[
         (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in operands
     ])  # fmt: skip
     try:
