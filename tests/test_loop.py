@@ -669,46 +669,46 @@ def test_a_compiled_multistep_run_keeps_its_history():
 # ---- a run that is changed, interrupted, gone on with --------------------------------------------
 
 
-def _network(x, t, cond=None):
+def _shrink(x, t, cond=None):
     return 0.3 * x + 0.01 * t.view(-1, *[1] * (x.ndim - 1))
 
 
-PLANS = {
+RESUMED = {
     "ddim": lambda: fastgen.solvers.ddim(fastgen.NoiseSchedule.cosine(100), 6),
     "ddpm": lambda: fastgen.solvers.ddpm(fastgen.NoiseSchedule.cosine(100), 6),
     "dpmpp_2m": lambda: fastgen.solvers.dpmpp_2m(fastgen.NoiseSchedule.cosine(100), 6),
 }
 
 
-def _loop(plan, guided):
+def _run(plan, guided):
     return fastgen.Loop(plan, fastgen.randn((2, 3), seed=0), seed=0, guidance_scale=2.0 if guided
                         else 1.0, guided=guided)  # fmt: skip
 
 
 @pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("stop", [0, 1, 4, 6])
 def test_a_run_goes_on_from_its_state_with_the_same_bits(name, guided, stop, tmp_path):
-    plan = PLANS[name]()
-    whole, first, second = (_loop(plan, guided) for _ in range(3))
+    plan = RESUMED[name]()
+    whole, first, second = (_run(plan, guided) for _ in range(3))
     while not whole.done:
-        whole.step(_network(whole.model_input, whole.time))
+        whole.step(_shrink(whole.model_input, whole.time))
     for _ in range(stop):
-        first.step(_network(first.model_input, first.time))
+        first.step(_shrink(first.model_input, first.time))
     torch.save(first.state_dict(), tmp_path / "run.pt")
     second.load_state_dict(torch.load(tmp_path / "run.pt", weights_only=True))
     while not second.done:
-        second.step(_network(second.model_input, second.time))
+        second.step(_shrink(second.model_input, second.time))
     assert_same_bits(second.x, whole.x)
 
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_network_sees_a_sample_that_was_changed(guided):
-    loop = _loop(PLANS["ddim"](), guided)
+    loop = _run(RESUMED["ddim"](), guided)
     for index in range(3):
         loop.x = torch.full((2, 3), float(index))
         assert torch.equal(loop.model_input, torch.full_like(loop.model_input, float(index)))
-        loop.step(_network(loop.model_input, loop.time))
+        loop.step(_shrink(loop.model_input, loop.time))
 
 
 def test_a_callback_may_change_the_sample_in_place():
@@ -716,9 +716,9 @@ def test_a_callback_may_change_the_sample_in_place():
 
     def network(x, t, cond):
         seen.append(x.clone())
-        return _network(x, t)
+        return _shrink(x, t)
 
-    fastgen.sample(network, PLANS["ddim"](), (2, 3), seed=0, guidance_scale=2.0,
+    fastgen.sample(network, RESUMED["ddim"](), (2, 3), seed=0, guidance_scale=2.0,
                    cond=torch.zeros(2), uncond=torch.zeros(1),
                    callback=lambda loop: loop.x.mul_(0.0))  # fmt: skip
     assert all(not x.any() for x in seen[1:])
@@ -734,7 +734,7 @@ def test_a_callback_may_change_the_sample_in_place():
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(change, message):
-    loop = _loop(PLANS["dpmpp_2m"](), False)
+    loop = _run(RESUMED["dpmpp_2m"](), False)
     state = loop.state_dict()
     change(state)
     with pytest.raises(ValueError, match=message):
@@ -763,5 +763,5 @@ def test_a_run_that_is_done_says_so():
 )
 def test_conditions_that_do_not_match_are_refused(cond, uncond, error):
     with pytest.raises(error, match="uncond: got"):
-        fastgen.sample(lambda x, t, c: x, PLANS["ddim"](), (2, 3), seed=0, guidance_scale=2.0,
+        fastgen.sample(lambda x, t, c: x, RESUMED["ddim"](), (2, 3), seed=0, guidance_scale=2.0,
                        cond=cond, uncond=uncond)  # fmt: skip
