@@ -116,12 +116,15 @@ class Loop:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands: ``index``, ``x`` and ``history``, copied; for ``torch.save``.
+        """Where the run stands: ``index``, ``x``, ``history`` and, where the network's input is not
+        x itself, ``input``; copied, for ``torch.save``.
 
         The rest of a run is its plan, seed, sample_ids and guidance_scale, which the caller has.
         """
         history = [None if h is None else h.clone() for h in self.history]
-        return {"index": self.index, "x": self._x.clone(), "history": history}
+        scaled = not self.done and self.row.input_scale != 1.0
+        made = self._input[: self._batch].clone() if scaled else None
+        return {"index": self.index, "x": self._x.clone(), "history": history, "input": made}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,7 +132,7 @@ class Loop:
 
         Raises ValueError or TypeError for a state that does not fit, before anything is changed.
         """
-        missing = {"index", "x", "history"} - set(state)
+        missing = {"index", "x", "history", "input"} - set(state)
         if missing:
             raise ValueError(f"state: lacks {', '.join(sorted(missing))}")
         index = checks.integer("state['index']", state["index"], 0, len(self.plan) + 1)
@@ -139,6 +142,8 @@ class Loop:
                 f"state['history']: got {len(history)} slots, expected {len(self.history)}"
             )
         x = checks.like("state['x']", state["x"], "x", self._x)
+        if state["input"] is not None:
+            checks.like("state['input']", state["input"], "x", self._x)
         for slot, kept in enumerate(history):
             if kept is not None:
                 checks.like(f"state['history'][{slot}]", kept, "x", self._x)
@@ -150,8 +155,12 @@ class Loop:
             self._x.copy_(x)
         else:
             self._x = x.to(self._x.dtype, copy=True)
-        if not self.done:
-            self._input = self._input_anew()
+        if self.done:
+            return
+        self._input = self._input_anew()
+        if state["input"] is not None:  # as the step made it, which may round otherwise
+            for half in self._input.split(self._batch) if self._batch else ():
+                half.copy_(state["input"])
 
     @property
     def model_input(self) -> Tensor:
@@ -304,8 +313,8 @@ def sample(
         per sample) the network is called once a step with [uncond, cond], and its outputs become
         u + g (c - u).
         An uncond of one row is that of every sample.
-    progress: shows a bar. callback: called with the ``Loop`` after every step; it may change
-        ``loop.x``, and must clone what it keeps of it, since a later step overwrites it.
+    progress: shows a bar. callback: called with the ``Loop`` after every step; it may assign
+        to ``loop.x``, and must clone what it keeps of it, since a later step overwrites it.
 
     For a run with other arguments of the network, a backend, or an early end, write the loop over a
     ``Loop`` yourself.
@@ -345,7 +354,7 @@ def sample(
         loop.step(prediction)
         if callback is not None:
             callback(loop)
-            if not loop.done:
+            if not loop.done and loop.row.input_scale == 1.0:
                 loop.x = loop.x  # the network sees what was changed in place
     return loop.x
 

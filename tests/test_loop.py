@@ -677,6 +677,19 @@ RESUMED = {
     "ddim": lambda: fastgen.solvers.ddim(fastgen.NoiseSchedule.cosine(100), 6),
     "ddpm": lambda: fastgen.solvers.ddpm(fastgen.NoiseSchedule.cosine(100), 6),
     "dpmpp_2m": lambda: fastgen.solvers.dpmpp_2m(fastgen.NoiseSchedule.cosine(100), 6),
+    "scaled input": lambda: Plan(
+        tuple(
+            Row(
+                (
+                    Output({"x": 0.7, "e": 0.1 * i}),
+                    Output({"x": 0.7 / 3.0, "e": 0.1 * i / 3.0}, target="input"),
+                ),
+                model_time=float(i),
+                input_scale=1.0 / 3.0,
+            )
+            for i in range(6)
+        )
+    ),
 }
 
 
