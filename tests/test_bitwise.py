@@ -165,7 +165,8 @@ def test_ddpm_step(shape, dtype, other, layout, second, guided, prediction, clip
         source = {"noise": scattered(shape, other, layout, seed + 4)}
     everywhere(
         lambda backend: fastgen.ddpm_step(
-            x, e, *levels, uncond=u, guidance_scale=1.0 if u is None else 3.0, prediction=prediction, clip=clip,
+            x, e, *levels, uncond=u, guidance_scale=1.0 if u is None else 3.0,
+            prediction=prediction, clip=clip,
             variance=variance, backend=backend, **source,
         )
     )  # fmt: skip
@@ -180,7 +181,8 @@ def test_ddim_step(shape, dtype, other, layout, second, guided, prediction, clip
     eta = eta if levels[0] < levels[1] else 0.0
     everywhere(
         lambda backend: fastgen.ddim_step(
-            x, e, *levels, uncond=u, guidance_scale=1.0 if u is None else 3.0, prediction=prediction, clip=clip, eta=eta,
+            x, e, *levels, uncond=u, guidance_scale=1.0 if u is None else 3.0,
+            prediction=prediction, clip=clip, eta=eta,
             use_clipped_model_output=clipped, seed=seed, step=2, backend=backend,
         )
     )  # fmt: skip
