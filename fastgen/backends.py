@@ -48,6 +48,11 @@ def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``torch.empty_like``, on huge pages where it is large."""
+    return on_huge_pages(torch.empty_like(tensor, dtype=dtype))
+
+
 def native():
     """The compiled module; ImportError, with the reason, where it is missing."""
     if _native is None:

@@ -110,9 +110,12 @@ class Loop:
     @property
     def row(self) -> Row:
         """The row that the next step runs; IndexError when the run is done."""
+        self._refuse_when_done()
+        return self.plan.rows[self.index]
+
+    def _refuse_when_done(self) -> None:
         if self.done:
             raise IndexError(f"the run is done: all {len(self.plan)} steps were taken")
-        return self.plan.rows[self.index]
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -157,10 +160,8 @@ class Loop:
             self._x = x.to(self._x.dtype, copy=True)
         if self.done:
             return
-        self._input = self._input_anew()
-        if state["input"] is not None:  # as the step made it, which may round otherwise
-            for half in self._input.split(self._batch) if self._batch else ():
-                half.copy_(state["input"])
+        made = state["input"]
+        self._input = self._input_anew(None if made is None else made.to(self._x.dtype, copy=True))
 
     @property
     def model_input(self) -> Tensor:
@@ -173,8 +174,7 @@ class Loop:
 
         IndexError when the run is done.
         """
-        if self.done:
-            raise IndexError(f"the run is done: all {len(self.plan)} steps were taken")
+        self._refuse_when_done()
         return self._times[self.index].expand(self._input.shape[0])
 
     @torch.no_grad()
@@ -237,10 +237,11 @@ class Loop:
             whole[self._batch :].copy_(whole[: self._batch])
         return whole
 
-    def _input_anew(self) -> Tensor:
-        """The network input made from the sample alone, whatever the last step made."""
+    def _input_anew(self, made: Tensor | None = None) -> Tensor:
+        """The network input from the sample alone, or as a step made it, which may round otherwise,
+        for one half of the batch."""
         scale = self.row.input_scale
-        x = self._x if scale == 1.0 else self._scaled(self._x, scale)
+        x = self._x if scale == 1.0 else self._scaled(self._x, scale) if made is None else made
         if self.index == 0:
             return torch.cat([x, x]) if self._guided else x
         whole = self._buffers[(self.index - 1) % 2] if scale == 1.0 else self._made_input

@@ -101,11 +101,11 @@ class Row:
             raise ValueError(f"outputs: got {len(self.outputs)}, expected 1 to {MAX_OUTPUTS}")
         if self.clip is not None:
             object.__setattr__(self, "clip", checks.interval("clip", self.clip))
-        numbers = [*self.denoised, *self.logvar, self.model_time, self.input_scale]
+        coefficients = [*self.denoised, *self.logvar, self.model_time, self.input_scale]
         for output in self.outputs:
-            numbers += [*output.weights.values(), *output.noise]
+            coefficients += [*output.weights.values(), *output.noise]
         with np.errstate(over="ignore"):
-            if not np.isfinite(np.array(numbers, dtype=np.float32)).all():
+            if not np.isfinite(np.array(coefficients, dtype=np.float32)).all():
                 raise ValueError("row: a coefficient is NaN, infinite or beyond float32")
         used = [m + 1 for o in self.outputs for m, s in enumerate(o.noise) if s != 0]
         reads = {n for o in self.outputs for n, w in o.weights.items() if w != 0}

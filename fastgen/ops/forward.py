@@ -70,7 +70,7 @@ def add_noise(
     outs: list[Tensor] | None = None
     if out is not None:
         checks.out(out, x0.shape, x0.dtype, device, (x0, noise))
-        outs = [out] + [backends.on_huge_pages(torch.empty_like(x0)) for _ in range(count - 1)]
+        outs = [out] + [backends.empty_like(x0) for _ in range(count - 1)]
     results = kernel.run(
         x0.shape, row, backend=kernel.choose(backend, x0, noise), dtypes=(x0.dtype,) * count,
         device=device, like=x0, x=x0, noise=() if noise is None else (noise,), seed=seed_words,

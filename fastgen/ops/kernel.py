@@ -211,10 +211,9 @@ def _allocate(
     device: torch.device,
     like: Tensor | None,
 ) -> list[Tensor]:
-    if like is None:
-        made = [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
-    else:
-        made = [torch.empty_like(like, dtype=dtype) for dtype in dtypes]
+    if like is not None:
+        return [backends.empty_like(like, dtype) for dtype in dtypes]
+    made = [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
     return [backends.on_huge_pages(tensor) for tensor in made]
 
 

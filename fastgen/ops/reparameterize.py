@@ -83,7 +83,7 @@ def reparameterize(
         z = z if out is None else kernel.written(out, z)
         return z if kl is None else (z, kl)
     if name != "reference" and is_plain(mean, logvar, noise, out):
-        z = _empty_like(mean) if out is None else out
+        z = backends.empty_like(mean) if out is None else out
         kl = _launch(name, mean, logvar, noise, z, return_kl, bounds, seed_words, ids, step_count)
         if out is not None:
             torch.autograd.graph.increment_version(out)
@@ -174,10 +174,6 @@ def noise_source(seed, noise, sample_ids, step, like: Tensor):
     )
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
-    return backends.on_huge_pages(torch.empty_like(tensor))
-
-
 def _launch(name, mean, logvar, noise, z, return_kl, clamp, seed, ids, step) -> Tensor | None:
     kl = partials = None
     shape = tuple(mean.shape)
@@ -209,7 +205,7 @@ def _draws(seeds, noise) -> bool:
 
 
 def _kernel(mean, logvar, noise, seeds, sample_ids, step, return_kl, low, high, backend):
-    z = _empty_like(mean) if _draws(seeds, noise) else mean.new_empty(0)
+    z = backends.empty_like(mean) if _draws(seeds, noise) else mean.new_empty(0)
     seed = None if seeds is None else (seeds.contiguous(), int(seeds.numel() > 1))
     ids = 0 if sample_ids is None else sample_ids.contiguous()
     kl = _launch(backend, mean, logvar, noise, z if _draws(seeds, noise) else None, return_kl,
@@ -246,7 +242,7 @@ class _Reparameterize(torch.autograd.Function):
         ctx.save_for_backward(mean, logvar, noise, *tensors)
         ctx.set_materialize_grads(False)
         ctx.rest = (seed if isinstance(seed, int) else None, step, low, high, backend)
-        z = _empty_like(mean)
+        z = backends.empty_like(mean)
         kl = _launch(backend, mean, logvar, noise, z, return_kl, (low, high), seed, ids, step)
         return z, kl
 
@@ -265,11 +261,8 @@ def _gradients(mean, logvar, noise, seeds, ids, step, grad_z, grad_kl, low, high
         grad_z = None
     if grad_z is None and grad_kl is None:
         return None, None, None
-    if torch.compiler.is_compiling():
-        differentiable = False
-    else:  # double or vectorised backward
-        differentiable = torch.is_grad_enabled() or is_batched(grad_z, grad_kl)
-    if differentiable:
+    again = torch.is_grad_enabled() or is_batched(grad_z, grad_kl)  # double, vectorised backward
+    if again and not torch.compiler.is_compiling():
         if isinstance(seeds, int):
             seeds, ids = kernel._seed_tensors(seeds, 0 if ids is None else ids, mean.shape[0],
                                               mean.device)  # fmt: skip
@@ -331,9 +324,9 @@ def _backward_kernel(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_
 
 def _backward_fake(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad_kl, wants_mean,
                    wants_noise, low, high, backend):  # fmt: skip
-    grad_mean = _empty_like(mean) if wants_mean else mean.new_empty(0)
-    grad_noise = _empty_like(noise) if wants_noise else mean.new_empty(0)
-    return grad_mean, _empty_like(logvar), grad_noise
+    grad_mean = backends.empty_like(mean) if wants_mean else mean.new_empty(0)
+    grad_noise = backends.empty_like(noise) if wants_noise else mean.new_empty(0)
+    return grad_mean, backends.empty_like(logvar), grad_noise
 
 
 LIBRARY.impl("reparameterize", _kernel, "CompositeExplicitAutograd")

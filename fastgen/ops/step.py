@@ -265,7 +265,7 @@ def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count,
     """``step`` for one output: straight to the kernel, or by way of every check."""
     if backend is None and sample_ids is None and x is not None and output is not None:
         draws = row.noises > 0
-        unguided = uncond is None and guidance != 1.0 if type(guidance) is float else False
+        unguided = uncond is None and type(guidance) is float and guidance != 1.0
         needs_source = draws and ((seed is None) == (noise is None) or
                                   (seed is not None and step_count is None))  # fmt: skip
         if not needs_source and not unguided:
