@@ -289,6 +289,17 @@ def test_a_check_does_not_depend_on_earlier_calls():
         fastgen.conv_transpose2d(image, weight, stride=1)
         with pytest.raises(TypeError, match="groups: got bool"):
             fastgen.conv_transpose2d(image, weight, groups=True)
+        with pytest.raises(TypeError, match="stride: got bool"):
+            fastgen.conv_transpose2d(image, weight, stride=(True, 1))
+        fastgen.conv_transpose2d(image, weight, stride=(1, 1))
+    stride = torch.tensor(2)
+    fastgen.conv_transpose2d(image, weight, stride=stride)
+    stride.fill_(3)
+    assert fastgen.conv_transpose2d(image, weight, stride=stride).shape == (1, 3, 11, 11)
+    for slope, zero in ((0.0, -0.0), (-0.0, 0.0)):
+        y = fastgen.conv_transpose1d(-torch.ones(1, 1, 1), torch.ones(1, 1, 1),
+                                     activation="leaky_relu", negative_slope=slope)  # fmt: skip
+        assert_same_bits(y, torch.full((1, 1, 1), zero))
 
 
 @pytest.mark.parametrize("stride", [1 << 31, 1 << 40])

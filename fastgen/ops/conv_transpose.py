@@ -75,9 +75,10 @@ def _conv_transpose(
     activation, negative_slope, out, backend,
 ) -> Tensor:  # fmt: skip
     operands = (input, weight, bias, scale, shift)
-    options = (stride, padding, output_padding, groups, dilation, activation, negative_slope)
-    check = _check_once if is_eager() else _check
-    geometry, slope, shape, name = check(dims, operands, options, backend)
+    options = (stride, padding, output_padding, groups, dilation, activation)
+    check = _check_once if is_eager() and all(map(_is_fixed, options)) else _check
+    geometry, shape, name = check(dims, operands, options, backend)
+    slope = checks.number("negative_slope", negative_slope)
     batched = input.ndim == dims + 2
     x = input if batched else input.unsqueeze(0)
     target = None  # where a kernel may write: `out`, unless it is an input as well
@@ -139,19 +140,26 @@ def _sizes(name: str, value: Any, dims: int, low: int) -> tuple[int, ...]:
     return (checks.integer(name, value, low, _SIZES_END),) * dims
 
 
-Checked = tuple[tuple[Any, Any, Any, Any, Any], float, tuple[int, ...], str]
+Checked = tuple[tuple[Any, Any, Any, Any, Any], tuple[int, ...], str]
 
 _known: dict[tuple, Checked] = {}
 
 
+def _is_fixed(option: Any) -> bool:
+    """Whether an option is what it will always be, and equal to nothing of another type."""
+    if type(option) is tuple:
+        return all(type(value) is int for value in option)
+    return option is None or type(option) in (int, str)
+
+
 def _check_once(dims: int, operands: tuple, options: tuple, backend: str | None) -> Checked:
     """``_check``, whose answer for valid arguments is kept by all that it looks at."""
-    key = (dims, options, *map(type, options), backend, *[
+    key = (dims, options, backend, *[
         (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in operands
     ])  # fmt: skip
     try:
         known = _known.get(key)
-    except TypeError:  # a list among the options: not to be kept
+    except TypeError:  # an operand or a backend that is refused: _check says why
         return _check(dims, operands, options, backend)
     if known is None:
         known = _check(dims, operands, options, backend)
@@ -162,10 +170,10 @@ def _check_once(dims: int, operands: tuple, options: tuple, backend: str | None)
 
 
 def _check(dims: int, operands: tuple, options: tuple, backend: str | None) -> Checked:
-    """((stride, padding, output_padding, groups, dilation), negative_slope, output shape with a
-    batch, backend); ValueError or TypeError for arguments that do not fit."""
+    """((stride, padding, output_padding, groups, dilation), output shape with a batch, backend);
+    ValueError or TypeError for arguments that do not fit."""
     input, weight, bias, scale, shift = operands
-    stride, padding, output_padding, groups, dilation, activation, negative_slope = options
+    stride, padding, output_padding, groups, dilation, activation = options
     _check_operands(dims, input, weight)
     geometry = (
         _sizes("stride", stride, dims, 1),
@@ -177,13 +185,12 @@ def _check(dims: int, operands: tuple, options: tuple, backend: str | None) -> C
     if activation not in ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"activation: got {activation!r}, expected one of {known}")
-    negative_slope = checks.number("negative_slope", negative_slope)
     batched = input.shape if input.ndim == dims + 2 else (1, *input.shape)
     shape = _output_shape(batched, weight.shape, *geometry)
     for name, values in (("bias", bias), ("scale", scale), ("shift", shift)):
         _check_channels(name, values, shape[1], input.device)
     name = backends.choose("conv_transpose", backend, input.device, input.dtype)
-    return geometry, negative_slope, shape, name
+    return geometry, shape, name
 
 
 def _check_operands(dims: int, input: Any, weight: Any) -> None:
