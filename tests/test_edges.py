@@ -93,6 +93,18 @@ def test_scales_that_share_memory_with_the_output_are_refused():
         fastgen.cfg_combine(c, u, memory[10:11], out=memory[:4000])
 
 
+def test_a_step_does_not_write_over_the_numbers_it_reads():
+    scales = torch.rand(6)
+    x, c, u = torch.randn(3, 5)
+    with pytest.raises(ValueError, match="out: overlaps an input partly"):
+        fastgen.ddim_step(x, c, 0.5, 0.6, uncond=u, guidance_scale=scales[:5], out=scales[1:])
+    memory = torch.zeros(288)
+    memory[:216] = fastgen.stack_rows([Row((Output({"x": 1.0}),))] * 3).flatten()
+    rows, out = memory[:216].view(3, 72), memory[72:].view(3, 72)
+    with pytest.raises(ValueError, match="out: overlaps an input partly"):
+        fastgen.step(rows, torch.randn(3, 72), out=out)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_guidance_tensor_may_have_any_floating_dtype(dtype):
     scales = torch.tensor([2.0, 3.5], dtype=dtype)

@@ -112,9 +112,9 @@ def step(
         outs = [out] if isinstance(out, Tensor) else list(out)
         if len(outs) != count:
             raise ValueError(f"out: got {len(outs)} tensors, expected {count}, one an output")
-        scales = (output_scale, guidance if isinstance(guidance, Tensor) else None)
+        numbers = [t for t in (output_scale, guidance, row, row_index) if isinstance(t, Tensor)]
         for tensor, dtype in zip(outs, dtypes, strict=True):
-            checks.out(tensor, shape, dtype, device, (*tensors, *scales))
+            checks.out(tensor, shape, dtype, device, (*tensors, *numbers))
         checks.apart(outs)
     results = kernel.run(
         shape, row, backend=kernel.choose(backend, *tensors), dtypes=dtypes, device=device, like=x,
@@ -304,7 +304,9 @@ def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count,
             step_count = checks.step(step_count)
     outs = None
     if out is not None:
-        outs = [checks.out(out, shape, x.dtype, device, (x, output, uncond, logvar, *normals))]
+        scale = guidance if isinstance(guidance, Tensor) else None
+        read = (x, output, uncond, logvar, *normals, scale)
+        outs = [checks.out(out, shape, x.dtype, device, read)]
     return kernel.run(
         shape, row, backend=kernel.choose(backend, x, output, uncond, logvar, *normals),
         dtypes=(x.dtype,), device=device, like=x, x=x, cond=output, uncond=uncond, logvar=logvar,
