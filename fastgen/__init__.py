@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import solvers
 from .backends import info
-from .loop import Loop, sample
+from .loop import Loop
 from .ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .ops.forward import add_noise
 from .ops.guidance import cfg_combine, combine
@@ -13,6 +13,7 @@ from .ops.noise import philox4x32, randn
 from .ops.reparameterize import gaussian_kl, gaussian_kl_monte_carlo, reparameterize
 from .ops.step import ddim_step, ddpm_step, step
 from .plan import Output, Plan, Row, stack_rows
+from .sampling import sample
 from .schedules import NoiseSchedule
 
 try:

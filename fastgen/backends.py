@@ -14,6 +14,8 @@ import warnings
 import torch
 from torch.autograd import forward_ad
 
+from .cache import cached_constant
+
 _transforms = torch._C._functorch.peek_interpreter_stack
 
 try:
@@ -112,8 +114,7 @@ def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     return ""
 
 
-@functools.cache
-@torch.compiler.assume_constant_result
+@cached_constant
 def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
     if backend is not None:
         if backend not in BACKENDS:
@@ -133,7 +134,7 @@ def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
                 warnings.warn(
                     f"fastgen: {op} on {device_type} falls back to the eager reference: "
                     + "; ".join(reasons),
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             return candidate
         reasons.append(f"{candidate}: {reason}")

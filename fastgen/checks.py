@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ELEMENTS = 1 << 34  # of one sample: what the counter's 32-bit block can hold
 MAX_STEPS = 1 << 24
 _LARGEST = 3.4028234663852886e38  # float32's
+SMALLEST = 2.0**-126  # its smallest normal number: beneath, what comes out depends on the processor
 
 
 def tensor(name: str, value: Any, *, batch: bool = True) -> Tensor:
@@ -82,22 +83,31 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def one_of(name: str, value: Any, options: Sequence[str]) -> str:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, options))}")
     return value
 
 
 def interval(name: str, value: Any) -> tuple[float, float]:
     """(low, high), or a float for (-value, value)."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        value = (-float(value), float(value))
     try:
-        low, high = (float(v) for v in value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: got {value!r}, expected a float or a pair (low, high)") from None
+        pair = (-value, value) if isinstance(value, numbers.Real) else tuple(value)
+    except TypeError:
+        pair = ()
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, numbers.Real) for v in pair):
+        raise TypeError(f"{name}: got {value!r}, expected a float or a pair (low, high)")
+    low, high = map(_bound, pair)
     if not low <= high:
-        raise ValueError(f"{name}: got ({low}, {high}), expected low <= high")
+        raise ValueError(f"{name}: got ({pair[0]}, {pair[1]}), expected low <= high")
     return low, high
+
+
+def _bound(value: Any) -> float:
+    """Infinite beyond float32's range, zero beneath it."""
+    bound = float(value)
+    if abs(bound) > _LARGEST:
+        return math.copysign(math.inf, bound)
+    return 0.0 if abs(bound) < SMALLEST else bound
 
 
 def size(shape: Sequence[int]) -> None:
@@ -206,17 +216,28 @@ def out(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.devi
         raise ValueError("out: requires grad; an output is written without a gradient")
     if value.numel() == 0 or torch.compiler.is_compiling() or not _has_memory(value):
         return value
+    if is_frozen(value):
+        raise ValueError("out: an inference tensor, which is written under inference_mode alone")
     if not value.is_contiguous() and not _is_injective(value):
         raise ValueError("out: several of its elements share memory (an expanded tensor)")
     for given in inputs:
-        if given is None or given is value or not _has_memory(given):
-            continue
-        if not _same_view(value, given):
-            if _overlap(value, given):
-                raise ValueError(
-                    "out: overlaps an input partly; give the input itself, or other memory"
-                )
+        if given is not None and overlaps_partly(value, given):
+            raise ValueError(
+                "out: overlaps an input partly; give the input itself, or other memory"
+            )
     return value
+
+
+def is_frozen(out: Tensor) -> bool:
+    """Whether torch lets nobody write a tensor here: one of inference mode, outside of it."""
+    return out.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def overlaps_partly(out: Tensor, given: Tensor) -> bool:
+    """Whether writing an element may change another one of an input, to be read later."""
+    if out is given or not (_has_memory(out) and _has_memory(given)):
+        return False
+    return not _same_view(out, given) and _overlap(out, given)
 
 
 def _has_memory(value: Tensor) -> bool:
@@ -263,9 +284,10 @@ def _span(value: Tensor) -> tuple[int, int]:
 
 
 def _same_view(a: Tensor, b: Tensor) -> bool:
+    """Whether each element lies where the other's does; a dim of one has a stride in name only."""
     return (
         a.data_ptr() == b.data_ptr()
         and a.dtype == b.dtype
-        and a.stride() == b.stride()
         and a.shape == b.shape
+        and all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
     )

@@ -23,6 +23,14 @@ SOLVERS: dict[str, Callable[..., Plan]] = {
     "ddpm": fastgen.solvers.ddpm,
     "dpmpp_2m": fastgen.solvers.dpmpp_2m,
 }
+DIFFUSION: dict[str, Any] = {  # options of digits-diffusion alone, and their defaults
+    "solver": "ddim",
+    "steps": 50,
+    "spacing": "trailing",
+    "eta": 0.0,
+    "guidance": 3.0,
+    "labels": "0-9",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,25 +70,20 @@ def _add_sample(commands: Any) -> None:
     )
     sample.add_argument("--model", choices=zoo.names(), default="digits-diffusion",
                         help="which of the zoo's")  # fmt: skip
-    sample.add_argument("--solver", choices=sorted(SOLVERS), default="ddim",
-                        help="of digits-diffusion")  # fmt: skip
-    sample.add_argument("--steps", type=int, default=50, help="steps of the solver")
-    sample.add_argument(
-        "--spacing", choices=SPACINGS, default="trailing", help="spacing of the timesteps"
-    )
-    sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as ddpm's")
-    sample.add_argument(
-        "--guidance", type=float, default=3.0, help="classifier-free guidance scale"
-    )
-    sample.add_argument(
-        "--labels", default="0-9", help="digits for digits-diffusion to draw, as in 0-9 or 3,1,4"
-    )
     sample.add_argument(
         "--count", type=int, default=4, help="samples of each label; without labels, tens"
     )
     sample.add_argument("--seed", type=int, default=0, help="seed of all noise")
     sample.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG to write")
     sample.add_argument("--device", default="cpu", help="device to run on")
+    diffusion = sample.add_argument_group("of digits-diffusion")
+    diffusion.add_argument("--solver", choices=sorted(SOLVERS), help="of the plan")
+    diffusion.add_argument("--steps", type=int, help="network calls for each sample")
+    diffusion.add_argument("--spacing", choices=SPACINGS, help="of the timesteps")
+    diffusion.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as ddpm's")
+    diffusion.add_argument("--guidance", type=float, help="classifier-free guidance scale")
+    diffusion.add_argument("--labels", help="digits to draw, as in 0-9 or 3,1,4")
+    sample.set_defaults(**DIFFUSION)
     sample.set_defaults(run=_sample)
 
 
@@ -148,6 +151,12 @@ def decode_prior(model: torch.nn.Module, name: str, count: int, seed: int, devic
 def _sample(options: argparse.Namespace) -> None:
     if options.count < 1:
         raise ValueError(f"--count: got {options.count}, expected at least 1")
+    for name, default in DIFFUSION.items():
+        given = getattr(options, name) != default
+        if given and options.model != "digits-diffusion":
+            raise ValueError(f"--{name}: is not for {options.model}, but for digits-diffusion")
+        if given and name == "eta" and options.solver != "ddim":
+            raise ValueError(f"--eta: is not for {options.solver}, but for ddim")
     model = zoo.load(options.model, options.device)
     where = f"{options.device}, {backends.native().isa()} kernels"
     if options.model == "digits-diffusion":

@@ -1,18 +1,16 @@
-"""A run of a sampler: the state that the caller holds, and the loop over it."""
+"""A run of a sampler, held by the caller: the sample, its history and where the run stands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from . import checks
 from .ops import kernel
-from .ops.noise import INITIAL_LATENT
 from .plan import MAX_OUTPUTS, Output, Plan, Row
 
 
@@ -52,7 +50,8 @@ class Loop:
         guided: bool = False,
         backend: str | None = None,
     ) -> None:
-        _check_plan(plan)
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan: got {type(plan).__name__}, expected a fastgen.Plan")
         checks.tensor("x", x)
         if any("known" in row.reads for row in plan.rows):
             raise ValueError("plan: a row reads 'known', which a Loop does not carry: fastgen.step")
@@ -196,6 +195,8 @@ class Loop:
         if uncond is None and ("u" in row.reads or not _is_one(self._guidance)):
             raise ValueError("uncond: got None, but the run is guided or its row reads it")
         targets = self._targets(row)
+        output = _kept_apart(output, targets)
+        uncond = None if uncond is None else _kept_apart(uncond, targets)
         kernel.run(
             self.x.shape, self._rows[self.index],
             backend=kernel.choose(self._backend, self.x, output, uncond),
@@ -262,11 +263,6 @@ class Loop:
                           like=x, x=x)[0]  # fmt: skip
 
 
-def _check_plan(plan: Any) -> None:
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: got {type(plan).__name__}, expected a fastgen.Plan")
-
-
 def _makes_input(row: Row) -> bool:
     """Whether the row makes the next network input itself; otherwise that is the next sample."""
     return any(output.target == "input" for output in row.outputs)
@@ -279,129 +275,11 @@ def _with_input(row: Row) -> Row:
     return replace(row, outputs=(*row.outputs, replace(row.outputs[0], target="input")))
 
 
+def _kept_apart(output: Tensor, targets: list[Tensor]) -> Tensor:
+    """The network's output, copied where it is a view of memory that the step writes: of an input
+    two steps old, or of history."""
+    return output.clone() if any(checks.overlaps_partly(t, output) for t in targets) else output
+
+
 def _is_one(guidance: float | Tensor) -> bool:
     return isinstance(guidance, float) and guidance == 1.0
-
-
-Model = Callable[..., Any]
-
-
-@torch.no_grad()
-def sample(
-    model: Model,
-    plan: Plan,
-    shape: Sequence[int] | None = None,
-    *,
-    x: Tensor | None = None,
-    seed: int | Sequence[int] | Tensor | None = None,
-    sample_ids: Sequence[int] | Tensor | None = None,
-    guidance_scale: float | Sequence[float] | Tensor | None = None,
-    cond: Any = None,
-    uncond: Any = None,
-    progress: bool = False,
-    callback: Callable[[Loop], None] | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Runs a plan from noise to samples.
-
-    model: called as ``model(x, t, cond)``: x (rows, ...), t (rows,) on x's device, int64 for
-        discrete schedules and float32 for noise levels; a result with ``.sample`` is accepted.
-    shape: (B, ...) of the samples, drawn from ``seed`` by ``fastgen.randn``; or x: the first sample
-        itself. dtype, device: of the samples drawn (float32, and torch's default device).
-    seed, sample_ids: of all noise; the seed is needed only where some is drawn.
-    cond, uncond: any tree of tensors with the batch first. With guidance_scale g (a float or one
-        per sample) the network is called once a step with [uncond, cond], and its outputs become
-        u + g (c - u).
-        An uncond of one row is that of every sample.
-    progress: shows a bar. callback: called with the ``Loop`` after every step; it may assign
-        to ``loop.x``, and must clone what it keeps of it, since a later step overwrites it.
-
-    For a run with other arguments of the network, a backend, or an early end, write the loop over a
-    ``Loop`` yourself.
-
-    Returns (B, ...). Gradients are not recorded. Raises TypeError or ValueError for what does not
-    fit.
-    """
-    _check_plan(plan)
-    if (shape is None) == (x is None):
-        raise ValueError(
-            f"shape, x: got {'neither' if x is None else 'both'}, expected one of them"
-        )
-    if (guidance_scale is None) != (uncond is None):
-        raise ValueError("guidance_scale, uncond: guidance takes both, got one of them")
-    if x is None:
-        if seed is None:
-            raise ValueError("seed: got None, but the first sample is drawn from it")
-        x = _first_sample(plan, shape, seed, sample_ids, dtype, device)
-    elif dtype is not None or device is not None:
-        raise ValueError("dtype, device: go with shape; x has its own")
-    guided = guidance_scale is not None
-    if guided:
-        if cond is None:
-            raise ValueError("cond: got None, but guidance takes cond and uncond")
-        cond = _both(uncond, cond)
-    loop = Loop(
-        plan,
-        x,
-        seed=seed if plan.stochastic else None,
-        sample_ids=sample_ids,
-        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
-        guided=guided,
-    )
-    for _ in _steps(len(plan), progress):
-        output = model(loop.model_input, loop.time, cond)
-        prediction: Any = getattr(output, "sample", output)
-        loop.step(prediction)
-        if callback is not None:
-            callback(loop)
-            if not loop.done and loop.row.input_scale == 1.0:
-                loop.x = loop.x  # the network sees what was changed in place
-    return loop.x
-
-
-def _first_sample(plan, shape, seed, sample_ids, dtype, device) -> Tensor:
-    """Normals of the noise contract's first stream, times the plan's initial scale."""
-    from .ops.noise import randn
-
-    if plan.initial_scale == 1.0:
-        return randn(shape, seed=seed, sample_ids=sample_ids, dtype=dtype, device=device)
-    z = randn(shape, seed=seed, sample_ids=sample_ids, stream=INITIAL_LATENT, device=device)
-    return z.mul_(plan.initial_scale).to(dtype or torch.float32)
-
-
-def _both(uncond: Any, cond: Any) -> Any:
-    """[uncond, cond] along the batch, leaf by leaf; a leaf without a batch is cond's."""
-    leaves, structure = pytree.tree_flatten(cond)
-    others, other_structure = pytree.tree_flatten(uncond)
-    if structure != other_structure:
-        raise ValueError(
-            f"uncond: got a {type(uncond).__name__} that is not built as cond, "
-            f"a {type(cond).__name__}"
-        )
-    return pytree.tree_unflatten(map(_concatenate, others, leaves), structure)
-
-
-def _concatenate(uncond: Any, cond: Any) -> Any:
-    if not isinstance(cond, Tensor) or cond.ndim == 0:
-        return cond
-    if not isinstance(uncond, Tensor):
-        raise TypeError(f"uncond: got {type(uncond).__name__} where cond has a torch.Tensor")
-    if uncond.ndim == cond.ndim and uncond.shape[0] == 1:
-        uncond = uncond.expand(cond.shape[0], *uncond.shape[1:])
-    if uncond.shape != cond.shape:
-        raise ValueError(
-            f"uncond: got shape {tuple(uncond.shape)}, expected cond's {tuple(cond.shape)}, "
-            "or one row of it"
-        )
-    return torch.cat([uncond, cond])
-
-
-def _steps(count: int, progress: bool):
-    if not progress:
-        return range(count)
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        raise ImportError("progress: needs tqdm (pip install fastgen-samplers[cli])") from None
-    return tqdm(range(count), desc="sampling", unit="step")

@@ -40,8 +40,9 @@ class Output:
         if isinstance(self.noise, numbers.Real):
             raise TypeError(f"noise: got {self.noise}, expected a factor a normal, as in (1.0,)")
         for name, weight in self.weights.items():
-            if not isinstance(weight, numbers.Real) or isinstance(weight, bool):
-                raise TypeError(f"weights[{name!r}]: got {type(weight).__name__}, expected a float")
+            checks.number(f"weights[{name!r}]", weight)
+        for m, factor in enumerate(self.noise):
+            checks.number(f"noise[{m}]", factor)
         unknown = set(self.weights) - set(INPUTS)
         if unknown:
             raise ValueError(f"weights: unknown input {sorted(unknown)[0]!r}, expected {INPUTS}")
@@ -79,7 +80,8 @@ class Row:
     and packed, its bytes; noises, how many normals an element takes (0: deterministic); reads, the
     inputs whose weight is not zero, with what the denoised sample is made from.
 
-    Raises ValueError for a number that is not finite (clip excepted) and for too many outputs.
+    A number beneath float32's smallest normal one, 2^-126, is zero. Raises ValueError or TypeError
+    for what is no finite number (clip excepted) and for too many outputs.
     """
 
     outputs: tuple[Output, ...]
@@ -101,37 +103,36 @@ class Row:
             raise ValueError(f"outputs: got {len(self.outputs)}, expected 1 to {MAX_OUTPUTS}")
         if self.clip is not None:
             object.__setattr__(self, "clip", checks.interval("clip", self.clip))
-        coefficients = [*self.denoised, *self.logvar, self.model_time, self.input_scale]
-        for output in self.outputs:
-            coefficients += [*output.weights.values(), *output.noise]
-        with np.errstate(over="ignore"):
-            if not np.isfinite(np.array(coefficients, dtype=np.float32)).all():
-                raise ValueError("row: a coefficient is NaN, infinite or beyond float32")
-        used = [m + 1 for o in self.outputs for m, s in enumerate(o.noise) if s != 0]
-        reads = {n for o in self.outputs for n, w in o.weights.items() if w != 0}
+        for name in ("denoised", "logvar"):
+            for number in getattr(self, name):
+                checks.number(name, number)
+        for name in ("model_time", "input_scale"):
+            checks.number(name, getattr(self, name))
+        filled = self._fill()
+        floats = np.zeros(ROW_FLOATS, dtype=np.float32)
+        floats[2:4] = self.clip or (-math.inf, math.inf)
+        floats[list(filled)] = list(filled.values())
+        floats.flags.writeable = False
+        reads = {INPUTS[(c - _WEIGHTS) % len(INPUTS)] for c in filled if _WEIGHTS <= c < _NOISE}
         if "denoised" in reads:
-            reads |= {n for n, a in zip(("x", "e"), self.denoised, strict=True) if a != 0}
-        floats = self._pack()
+            reads |= {name for c, name in enumerate(("x", "e")) if c in filled}
+        noises = max(((c - _NOISE) % MAX_NOISES + 1 for c in filled if c >= _NOISE), default=0)
         object.__setattr__(self, "floats", floats)
         object.__setattr__(self, "packed", floats.tobytes())
-        object.__setattr__(self, "noises", max(used, default=0))
+        object.__setattr__(self, "noises", noises)
         object.__setattr__(self, "reads", frozenset(reads))
 
     def __reduce__(self):  # without the cached arrays, which would come back writeable
         return Row, tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
-    def _pack(self) -> np.ndarray:
-        row = np.zeros(ROW_FLOATS, dtype=np.float32)
-        row[0:2] = self.denoised
-        row[2:4] = self.clip or (-math.inf, math.inf)
-        row[4:6] = self.logvar
+    def _fill(self) -> dict[int, float]:
+        """The coefficients that are not zero, by their column, but for the clip's."""
+        row = dict(zip((0, 1, 4, 5), (*self.denoised, *self.logvar), strict=True))
         for j, output in enumerate(self.outputs):
             for name, weight in output.weights.items():
                 row[_WEIGHTS + j * len(INPUTS) + INPUTS.index(name)] = weight
-            start = _NOISE + j * MAX_NOISES
-            row[start : start + len(output.noise)] = output.noise
-        row.flags.writeable = False
-        return row
+            row |= enumerate(output.noise, _NOISE + j * MAX_NOISES)
+        return {column: number for column, number in row.items() if abs(number) >= checks.SMALLEST}
 
 
 @dataclass(frozen=True, repr=False)

@@ -85,7 +85,7 @@ def backward_kernel(
             of_logvar = 0.5 * (grad * (deviation * z))
         if grad_kl is not None:
             of_logvar = of_logvar + (0.5 * of_kl) * (deviation * deviation - 1.0)
-        of_logvar = tl.where(clamped == given, of_logvar, 0.0)
+        of_logvar = tl.where((clamped < given) | (clamped > given), 0.0, of_logvar)
         tiles.store(grad_logvar, strides, 5, tile, of_logvar, ALIGN)
     if grad_noise is not None:
         tiles.store(grad_noise, strides, 6, tile, grad * deviation, ALIGN)

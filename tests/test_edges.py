@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 import fastgen
@@ -339,3 +341,77 @@ def test_large_new_outputs_have_the_bits_of_small_ones():
     x, c = torch.randn(2, 4, 3, 512, 513)  # beyond the size of huge pages, at odd offsets
     whole = fastgen.ddpm_step(x, c, 0.5, 0.6, seed=0, step=1)
     assert_same_bits(whole[:1], fastgen.ddpm_step(x[:1], c[:1], 0.5, 0.6, seed=0, step=1))
+
+
+def test_rows_do_not_depend_on_whether_denormals_are_flushed():
+    def rows():
+        return [
+            Row((Output({"x": 1.2345e-39, "e": 0.5}, noise=(1e-40,)),), clip=(-0.0, 1e-41)),
+            Row((Output({"x": 0.0, "e": 0.5}),), clip=(0.0, 0.0)),
+        ]
+
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        flushed = rows()
+    finally:
+        torch.set_flush_denormal(False)
+    packed = {row.packed for row in rows() + flushed}
+    assert len(packed) == 1
+    assert all(row.noises == 0 and row.reads == {"e"} for row in rows() + flushed)
+
+
+def test_an_inference_tensor_is_written_under_inference_mode_alone():
+    with torch.inference_mode():
+        out = torch.zeros(2, 3)
+        fastgen.ddim_step(X, C, 0.5, 0.6, out=out)
+    assert_same_bits(out, fastgen.ddim_step(X, C, 0.5, 0.6))
+    for call in (
+        lambda: fastgen.ddim_step(X, C, 0.5, 0.6, out=out),
+        lambda: fastgen.reparameterize(X, C, seed=0, step=0, out=out),
+        lambda: fastgen.randn((2, 3), seed=0, out=out),
+        lambda: fastgen.conv_transpose1d(X[None], torch.ones(2, 2, 1), out=out[None]),
+    ):
+        with pytest.raises(ValueError, match="out: an inference tensor"):
+            call()
+
+
+def test_seeds_without_memory_are_left_to_the_dispatcher():
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.ones(2, dtype=torch.int64))
+        assert isinstance(fastgen.randn((2, 3), seed=fake), FakeTensor)
+        assert isinstance(fastgen.randn((2, 3), seed=0, sample_ids=fake), FakeTensor)
+    with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):
+        fastgen.randn((2, 3), seed=fake)
+
+
+def test_a_dim_of_one_may_have_any_stride():
+    x = torch.ones(1, 4).as_strided((1, 4), (9, 1))
+    assert fastgen.combine([x], [2.0], out=x.as_strided((1, 4), (4, 1))) is not None
+    assert torch.equal(x, torch.full((1, 4), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fastgen.ddim_step(X, C, 0.5, 0.6, clip="12"), "clip: got '12'"),
+        (lambda: fastgen.ddim_step(X, C, 0.5, 0.6, clip=True), "clip: got True"),
+        (lambda: fastgen.ddim_step(X, C, 0.5, 0.6, prediction=["v"]), r"prediction: got \['v'\]"),
+        (lambda: fastgen.ddim_step(X, C, np.array(0.5), 0.6), "alpha_bar: got ndarray"),
+        (lambda: fastgen.ddpm_step(X, C, 0.5, 0.6, variance=np.ones(3)), "variance: got array"),
+        (lambda: fastgen.randn({2, 3}, seed=0), "shape: got set"),
+        (lambda: fastgen.combine(None, None), "outputs: got NoneType"),
+        (lambda: fastgen.combine([X], None), "weights: got NoneType"),
+    ],
+)
+def test_odd_arguments_are_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_bounds_beyond_float32_are_no_bounds(backend):
+    expected = fastgen.reparameterize(X, C, seed=0, step=0)
+    wide = {"clamp": (-1e300, 1e300), "backend": backend}
+    assert_same_bits(fastgen.reparameterize(X, C, seed=0, step=0, **wide), expected)
+    clipped = fastgen.ddim_step(X, C, 0.5, 0.6, clip=1e300, backend=backend)
+    assert clipped.isfinite().all()

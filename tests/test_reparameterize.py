@@ -64,6 +64,17 @@ def test_gradients(clamp, kl):
 
 
 @pytest.mark.parametrize("clamp", [None, (-0.5, 0.4)])
+def test_nan_passes_into_the_gradients(clamp, backend):
+    mean = torch.tensor([[torch.nan, 1.0, 2.0]]).requires_grad_()
+    logvar = torch.tensor([[0.1, torch.nan, 0.3]]).requires_grad_()
+    z, kl = fastgen.reparameterize(mean, logvar, seed=0, step=0, return_kl=True, clamp=clamp,
+                                   backend=backend)  # fmt: skip
+    of_mean, of_logvar = torch.autograd.grad(z.sum() + kl.sum(), (mean, logvar))
+    assert of_mean.isnan().tolist() == [[True, False, False]]
+    assert of_logvar.isnan().tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("clamp", [None, (-0.5, 0.4)])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_the_kernels_are_the_references(clamp, given, dtype, backend):

@@ -201,11 +201,32 @@ def test_gradients_reach_the_rows():
     torch.testing.assert_close(grad[1, 9], e.sum())
 
 
+def test_a_weight_of_zero_has_a_gradient(backend):
+    row = Row((Output({"x": 1.0}),))
+    rows = fastgen.stack_rows([row]).requires_grad_()
+    x, e = torch.ones(2, 3), torch.full((2, 3), 5.0)
+    y = fastgen.step(rows, x, e, history=(None, x), backend=backend)
+    (grad,) = torch.autograd.grad(y.sum(), rows)
+    assert grad[0, 8:20].tolist() == [6.0, 30.0, 0, 0, 0, 0, 6.0, 0, 0, 0, 0, 0]
+
+
+def test_history_may_have_empty_slots(backend):
+    row = Row((Output({"x": 1.0, "h1": 0.5}),))
+    x, h = torch.randn(2, 2, 3)
+    expected = x + 0.5 * h
+    assert_same_bits(fastgen.step(row, x, history=(None, h), backend=backend), expected)
+    x, h = x.requires_grad_(), h.requires_grad_()
+    y = fastgen.step(row, x, history=(None, h), backend=backend)
+    of_x, of_h = torch.autograd.grad(y.sum(), (x, h))
+    assert torch.equal(of_x, torch.ones(2, 3))
+    assert torch.equal(of_h, torch.full((2, 3), 0.5))
+
+
 def test_the_registered_op_keeps_torchs_rules():
     plan = fastgen.solvers.ddpm(fastgen.NoiseSchedule.linear(), 3, clip=1.0)
     x, e, u = (torch.randn(2, 5, requires_grad=True) for _ in range(3))
     arguments = (
-        x, e, u, None, None, [], [], plan.table(), torch.tensor(1), torch.ones(1), None,
+        x, e, u, None, None, [], 0, [], plan.table(), torch.tensor(1), torch.ones(1), None,
         torch.tensor([4]), torch.arange(2), 0, [2, 8, 9, 10], [0], [2, 5],
         torch.device("cpu"), "cpu",
     )  # fmt: skip
@@ -360,6 +381,10 @@ def test_nothing_is_written_on_failure():
         ({"output_scale": 2.0}, "output_scale: got 2.0"),
         ({"row": torch.zeros(4, 72), "row_index": torch.tensor(4)}, "row_index: got 4"),
         ({"dtypes": [torch.float32] * 2}, "dtypes: got 2"),
+        ({"dtypes": [torch.int32]}, r"dtypes\[0\]: got torch.int32"),
+        ({"dtypes": torch.float32}, "dtypes: got dtype"),
+        ({"dtypes": [torch.float64], "backend": "cpu"}, "backend: 'cpu' cannot serve"),
+        ({"outputs": 2}, "outputs: got 2"),
         ({"history": [X] * 8}, "history: got 8"),
         ({"noise": [X] * 5}, "noise: got 5"),
         ({"row": torch.zeros(3, 72)}, "row: got shape"),
@@ -372,7 +397,7 @@ def test_step_names_what_is_wrong(options, message):
     row = Row((Output({"x": 1.0, "e": 1.0, "known": 1.0, "h0": 1.0}, (1.0,)),))
     given = {"row": row, "output": X, "known": X, "history": [X], "seed": 0} | options
     row, output = given.pop("row"), given.pop("output")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         fastgen.step(row, X, output, **given)
 
 

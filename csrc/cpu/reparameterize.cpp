@@ -85,7 +85,7 @@ void backward_tile(const ReparameterizeParams& p, const Tile& tile) {
         for (int64_t i = 0; i < count; ++i) {
             float sum = grad ? 0.5f * (grad[i] * (deviation[i] * z[i])) : 0.0f;
             if (divergence) sum = sum + (0.5f * grad_kl) * (deviation[i] * deviation[i] - 1.0f);
-            to[i] = bounded[i] == logvar[i] ? sum : 0.0f;
+            to[i] = bounded[i] < logvar[i] || bounded[i] > logvar[i] ? 0.0f : sum;
         }
         finish(p.shape, p.grad_logvar, tile, to, b.out);
     }

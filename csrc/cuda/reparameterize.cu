@@ -139,7 +139,10 @@ __global__ void __launch_bounds__(kLeafThreads<kLayout>, 768 / kLeafThreads<kLay
                 if (p.grad_kl)
                     for (int i = 0; i < 4; ++i)
                         y[i] = y[i] + (0.5f * grad_kl) * (s[i] * s[i] - 1.0f);
-                for (int i = 0; i < 4; ++i) y[i] = deviation.clamped[i] == logvar[i] ? y[i] : 0.0f;
+                for (int i = 0; i < 4; ++i) {
+                    const float bounded = deviation.clamped[i];
+                    if (bounded < logvar[i] || bounded > logvar[i]) y[i] = 0.0f;
+                }
                 group.store(p.grad_logvar, quad, y, packed_logvar);
             }
             if (p.grad_noise.data) {

@@ -48,6 +48,7 @@ def conv_transpose2d(
     activation: None, "relu", "leaky_relu" (with ``negative_slope``), "tanh", "sigmoid", "silu" or
         "gelu" (the exact form).
     out: where to write; (B, C_out, H', W') of the input's dtype, overlapping no input partly.
+    backend: "cpu", "triton" or "reference"; by default the best that serves (``fastgen.info``).
 
     The error against float64 is at most twice that of PyTorch's own operators. Gradients reach
     input, weight, bias, scale and shift, and can be differentiated again. Raises ValueError or

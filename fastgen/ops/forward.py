@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
+from ..cache import cached_constant
 from ..plan import INPUTS, MAX_NOISES, MAX_OUTPUTS, ROW_FLOATS, Output, Row
 from . import kernel
 from .dispatch import constant
@@ -38,6 +38,7 @@ def add_noise(
         given with ``seed``. Or noise: eps itself, of x0's shape.
     return_noise: also eps. return_velocity: also v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans & Ho
         2022, appendix D). All have x0's dtype.
+    out: where to write x_t, like x0; it may be x0 itself. backend: as for ``ddpm_step``.
 
     Returns x_t, or a tuple (x_t, eps, v) of what was asked for. Raises TypeError or ValueError for
     what does not fit.
@@ -79,8 +80,7 @@ def add_noise(
     return tuple(results) if count > 1 else results[0]
 
 
-@functools.lru_cache(1024, typed=True)
-@torch.compiler.assume_constant_result
+@cached_constant
 def _row(level: float, return_noise: bool, return_velocity: bool) -> Row:
     signal, sigma = np.sqrt(level), np.sqrt(1.0 - level)
     outputs = [Output({"x": signal}, noise=(sigma,))]

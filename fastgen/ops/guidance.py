@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..cache import cached_constant
 from ..plan import HISTORY, Output, Row
 from ..reference import guidance as reference
 from ..reference.arithmetic import per_sample_rows
@@ -37,6 +37,7 @@ def cfg_combine(
     guidance_scale: g, a float or one per sample (B,). g = 1 gives cond exactly.
     rescale: in [0, 1]; the share phi of the result whose per-sample standard deviation (unbiased)
         is brought to cond's: Lin et al. (2024), eq. 15 and 16.
+    out: where to write, like cond; it may be cond or uncond. backend: as for ``ddpm_step``.
 
     Raises ValueError or TypeError for shapes, devices or numbers that do not fit.
     """
@@ -80,9 +81,13 @@ def combine(
     """sum weights[i] * outputs[i], summed left to right in float32 and rounded once.
 
     outputs: one to ten tensors (B, ...) of one shape and device; the result has the first one's
-    dtype. A weight of zero leaves its tensor unread. Raises ValueError or TypeError for what does
-    not fit.
+    dtype. A weight of zero leaves its tensor unread. out, backend: as for ``ddpm_step``.
+
+    Raises ValueError or TypeError for what does not fit.
     """
+    for name, given in (("outputs", outputs), ("weights", weights)):
+        if not isinstance(given, Iterable) or isinstance(given, str):
+            raise TypeError(f"{name}: got {type(given).__name__}, expected a sequence")
     outputs, weights = list(outputs), [constant(weight) for weight in weights]
     if len(outputs) != len(weights):
         raise ValueError(f"weights: got {len(weights)}, expected {len(outputs)}, one an output")
@@ -107,8 +112,7 @@ def combine(
                       out=outs)[0]  # fmt: skip
 
 
-@functools.lru_cache(1024)
-@torch.compiler.assume_constant_result
+@cached_constant
 def _weighted(weights: tuple[float, ...]) -> Row:
     return Row((Output(dict(zip(_TERMS, weights, strict=False))),))
 

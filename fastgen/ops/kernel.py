@@ -26,9 +26,15 @@ STEP_STREAMS = (2, 8, 9, 10)  # of z_0 ... z_3, in the noise contract
 Seed = int | tuple[Tensor, int] | None
 
 
-def choose(backend: str | None, *tensors: Tensor | None, op: str = "step") -> str:
-    """The backend that serves these tensors; float64 anywhere takes the reference."""
-    dtype, device = torch.float32, None
+def choose(
+    backend: str | None,
+    *tensors: Tensor | None,
+    op: str = "step",
+    results: Sequence[torch.dtype] = (),
+) -> str:
+    """The backend that serves these tensors and makes results of these dtypes; float64 anywhere
+    takes the reference."""
+    dtype, device = torch.float64 if torch.float64 in results else torch.float32, None
     for tensor in tensors:
         if tensor is not None:
             device = tensor.device
@@ -81,6 +87,8 @@ def quick(
     ordinary, for the general path to serve or to refuse with a reason.
     """
     if type(guidance) is not float or not is_quick(seed, step):
+        return None
+    if isinstance(out, Tensor) and checks.is_frozen(out):
         return None
     result = backends._native.quick_step(operands, noise, out, row.packed, guidance, seed,
                                0 if seed is None else step, streams,
@@ -142,6 +150,10 @@ def run(
         tensors += (row,)
     if isinstance(guidance, Tensor):
         tensors += (guidance,)
+    if isinstance(seed, tuple):
+        tensors += (seed[0],)
+    if isinstance(sample_ids, Tensor):
+        tensors += (sample_ids,)
     if backend != "reference" and is_plain(*tensors):
         if out is None:
             made = _allocate(shape, dtypes, device, like)
@@ -156,9 +168,10 @@ def run(
     if not isinstance(guidance, Tensor):
         guidance = torch.full((1,), guidance, dtype=torch.float32, device=device)
     seeds, ids = _seed_tensors(seed, sample_ids, shape[0] if shape else 0, device)
+    slots = sum(1 << k for k, h in enumerate(history) if h is not None)
     arguments = (
-        x, cond, uncond, known, logvar, list(history), list(noise), rows, row_index,
-        guidance, output_scale, seeds, ids, step, list(streams),
+        x, cond, uncond, known, logvar, [h for h in history if h is not None], slots, list(noise),
+        rows, row_index, guidance, output_scale, seeds, ids, step, list(streams),
     )  # fmt: skip
     if backend == "reference":
         results = _reference(*arguments, list(shape), len(dtypes))
@@ -218,7 +231,9 @@ def _allocate(
 
 
 def _row_tensor(row: Row, device: torch.device) -> Tensor:
-    return torch.tensor(row.floats, device=device).view(1, -1)
+    # torch.compile makes a tensor of an array by itself; elsewhere the row must not be shared
+    tensor = torch.as_tensor if torch.compiler.is_compiling() else torch.tensor
+    return tensor(row.floats, device=device).view(1, -1)
 
 
 def _seed_tensors(
@@ -239,32 +254,40 @@ def _seed_tensors(
 
 LIBRARY.define(
     "step(Tensor? x, Tensor? cond, Tensor? uncond, Tensor? known, Tensor? logvar, "
-    "Tensor[] history, Tensor[] noise, Tensor rows, Tensor? row_index, Tensor guidance, "
-    "Tensor? output_scale, Tensor? seeds, Tensor? sample_ids, SymInt step, int[] streams, "
-    "int[] dtypes, SymInt[] shape, Device device, str backend) -> Tensor[]"
+    "Tensor[] history, int slots, Tensor[] noise, Tensor rows, Tensor? row_index, "
+    "Tensor guidance, Tensor? output_scale, Tensor? seeds, Tensor? sample_ids, SymInt step, "
+    "int[] streams, int[] dtypes, SymInt[] shape, Device device, str backend) -> Tensor[]"
 )
 
 
-def _step_kernel(x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance,
+def _step_kernel(x, cond, uncond, known, logvar, history, slots, noise, rows, row_index, guidance,
                  output_scale, seeds, sample_ids, step, streams, dtypes, shape, device,
                  backend):  # fmt: skip
-    out = _step_fake(x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance,
-                     output_scale, seeds, sample_ids, step, streams, dtypes, shape, device,
-                     backend)  # fmt: skip
+    out = _outputs(dtypes, shape, device, x if x is not None else cond)
     contiguous = [None if t is None else t.contiguous() for t in (output_scale, seeds, sample_ids)]
     output_scale, seeds, sample_ids = contiguous
-    launch(backend, shape, rows.contiguous(), x, cond, uncond, known, logvar, tuple(history),
-           tuple(noise), row_index, guidance.contiguous(), output_scale,
-           None if seeds is None else (seeds, int(seeds.numel() > 1)), sample_ids, step,
-           tuple(streams), out)  # fmt: skip
+    launch(backend, shape, rows.contiguous(), x, cond, uncond, known, logvar,
+           tuple(_in_slots(history, slots)), tuple(noise), row_index, guidance.contiguous(),
+           output_scale, None if seeds is None else (seeds, int(seeds.numel() > 1)), sample_ids,
+           step, tuple(streams), out)  # fmt: skip
     return out
 
 
-def _step_fake(x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance,
+def _step_fake(x, cond, uncond, known, logvar, history, slots, noise, rows, row_index, guidance,
                output_scale, seeds, sample_ids, step, streams, dtypes, shape, device,
                backend):  # fmt: skip
-    kinds = [checks.DTYPES[code] for code in dtypes]
-    return _allocate(shape, kinds, device, x if x is not None else cond)
+    return _outputs(dtypes, shape, device, x if x is not None else cond)
+
+
+def _outputs(codes, shape, device, like) -> list[Tensor]:
+    return _allocate(shape, [checks.DTYPES[code] for code in codes], device, like)
+
+
+def _in_slots(history: Sequence[Tensor], slots: int) -> list[Tensor | None]:
+    """h_0 ... again, of which the registered op takes those that are there: ``slots``, a bit for
+    each."""
+    there = iter(history)
+    return [next(there) if slots >> k & 1 else None for k in range(slots.bit_length())]
 
 
 def _drawn(noise: list[Tensor], rows: Tensor, row_index, seeds, sample_ids, step, streams,
@@ -284,33 +307,33 @@ def _drawn(noise: list[Tensor], rows: Tensor, row_index, seeds, sample_ids, step
     ]
 
 
-def _reference(x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance,
+def _reference(x, cond, uncond, known, logvar, history, slots, noise, rows, row_index, guidance,
                output_scale, seeds, sample_ids, step, streams, shape, outputs):  # fmt: skip
     if row_index is not None:
         rows = rows.index_select(0, row_index.view(1))
     z = _drawn(noise, rows, row_index, seeds, sample_ids, step, streams, shape)
-    return reference_step(shape, x, cond, uncond, known, logvar, history, z, rows, guidance,
-                          output_scale, outputs)  # fmt: skip
+    return reference_step(shape, x, cond, uncond, known, logvar, _in_slots(history, slots), z, rows,
+                          guidance, output_scale, outputs)  # fmt: skip
 
 
 def _setup(ctx, inputs, output) -> None:
-    (x, cond, uncond, known, logvar, history, noise, rows, row_index, guidance, output_scale,
+    (x, cond, uncond, known, logvar, history, slots, noise, rows, row_index, guidance, output_scale,
      seeds, sample_ids, step, streams, dtypes, shape, device, backend) = inputs  # fmt: skip
     ctx.save_for_backward(x, cond, uncond, known, logvar, rows, row_index, guidance, output_scale,
                           seeds, sample_ids, *history, *noise)  # fmt: skip
     ctx.lengths = (len(history), len(noise))
-    ctx.plain = (step, streams, shape)
+    ctx.plain = (step, streams, shape, slots)
 
 
 def _backward(ctx, grads):
     (x, cond, uncond, known, logvar, table, row_index, guidance, output_scale, seeds,
      sample_ids, *rest) = ctx.saved_tensors  # fmt: skip
-    step, streams, shape = ctx.plain
+    step, streams, shape, slots = ctx.plain
     history, noise = rest[: ctx.lengths[0]], rest[ctx.lengths[0] :]
     rows = table if row_index is None else table.index_select(0, row_index.view(1))
     drawn = _drawn(noise, rows, row_index, seeds, sample_ids, step, streams, shape)
-    found = step_gradients(grads, x, cond, uncond, known, logvar, history, drawn, rows, guidance,
-                           output_scale, table.requires_grad)  # fmt: skip
+    found = step_gradients(grads, x, cond, uncond, known, logvar, _in_slots(history, slots), drawn,
+                           rows, guidance, output_scale, table.requires_grad)  # fmt: skip
     of_rows = found.rows
     if of_rows is not None and row_index is not None:
         of_rows = torch.zeros_like(table).index_add(0, row_index.view(1), of_rows)
@@ -321,7 +344,8 @@ def _backward(ctx, grads):
     return (
         as_of(x, found.x), as_of(cond, found.cond), as_of(uncond, found.uncond),
         as_of(known, found.known), as_of(logvar, found.logvar),
-        [as_of(v, g) for v, g in zip(history, found.history, strict=True)],
+        [as_of(v, g) for v, g in zip(_in_slots(history, slots), found.history, strict=True)
+         if v is not None], None,
         [as_of(v, g) for v, g in zip(noise, found.noise, strict=False)],
         of_rows, None, as_of(guidance, found.guidance), as_of(output_scale, found.output_scale),
         *[None] * 8,

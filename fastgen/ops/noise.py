@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +57,8 @@ def randn(
     step, stream: which of a sample's noises; step in [0, 2^24), stream in [0, 256). The defaults
         give the initial latent that ``fastgen.sample`` draws.
     dtype: float32 (default), bfloat16, float16 or float64; the float32 normals, rounded once.
+    out: where to write, of ``shape``; dtype and device are then its own. backend: as for
+        ``ddpm_step``.
 
     Returns a tensor of ``shape``: Box-Muller on Philox4x32-10, |z| <= 6.764; the same bits on every
     backend. Raises TypeError or ValueError for what does not fit the above.
@@ -80,7 +83,7 @@ def randn(
     if out is not None:
         dtype = dtype or out.dtype
         device = device if device is not None else out.device
-    if not isinstance(shape, Iterable):
+    if not isinstance(shape, Sequence | np.ndarray) or isinstance(shape, str):
         raise TypeError(f"shape: got {type(shape).__name__}, expected a sequence of integers")
     shape = tuple(checks.integer("shape", n, 0) for n in shape)
     if not shape:

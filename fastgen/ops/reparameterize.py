@@ -41,6 +41,7 @@ def reparameterize(
     return_kl: also the KL divergence of N(mean, exp(logvar)) from N(0, 1), summed over each sample,
         in nats: float32 (B,), from the same pass (appendix B).
     clamp: (low, high) for logvar; its gradient is zero where it was clamped.
+    out: where to write z, like mean; it may be an input. backend: as for ``ddpm_step``.
 
     Returns z with mean's shape and dtype, or (z, kl). The backward pass makes eps again from the
     seed, so nothing but mean and logvar is kept. Raises TypeError or ValueError for what does not
@@ -50,7 +51,7 @@ def reparameterize(
         backend is None and sample_ids is None and clamp is None
         and mean is not None and logvar is not None
         and (seed is None) != (noise is None) and (noise is not None or step is not None)
-        and kernel.is_quick(seed, step)
+        and kernel.is_quick(seed, step) and not (isinstance(out, Tensor) and checks.is_frozen(out))
     ):  # fmt: skip
         kl = None
         if return_kl and isinstance(mean, Tensor) and mean.ndim > 0:
@@ -282,7 +283,7 @@ def _backward_formula(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad
     """The backward kernel's formula in eager torch, itself differentiable."""
     m, clamped = mean.float(), logvar.float()
     bounded, sigma = reference.deviation(clamped, (low, high))
-    kept = (bounded == clamped).float()
+    changed = (bounded < clamped) | (bounded > clamped)
     grad_mean = grad_logvar = torch.zeros_like(m)
     grad_noise = None
     if grad_z is not None:
@@ -299,7 +300,7 @@ def _backward_formula(mean, logvar, noise, seeds, sample_ids, step, grad_z, grad
         grad_logvar = grad_logvar + 0.5 * weight * (sigma * sigma - 1.0)
     return (
         grad_mean.to(mean.dtype),
-        (kept * grad_logvar).to(logvar.dtype),
+        torch.where(changed, 0.0, grad_logvar).to(logvar.dtype),
         None if noise is None or grad_noise is None else grad_noise.to(noise.dtype),
     )
 

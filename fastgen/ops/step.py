@@ -52,7 +52,7 @@ def step(
         normals themselves. One of them is needed where the row draws noise.
     outputs, dtypes: how many results (a Row knows) and of which dtypes; by default y_0 has x's and
         the others, as history, float32.
-    out: a tensor a result; it may be one of the inputs.
+    out: a tensor a result; each may be one of the inputs. backend: as for ``ddpm_step``.
 
     Returns y_0, or the tuple (y_0, y_1, ...). Raises TypeError or ValueError for what does not fit.
     """
@@ -73,6 +73,8 @@ def step(
         checks.like(f"noise[{m}]", tensor, "x", x)
     if isinstance(row, Row):
         count = len(row.outputs)
+        if outputs is not None and outputs != count:
+            raise ValueError(f"outputs: got {outputs}, expected the row's {count}")
         _needs(row, output, uncond, known, history)
         if row_index is not None:
             raise ValueError("row_index: goes with a table of rows, got a Row")
@@ -99,8 +101,8 @@ def step(
         output_scale = scale.float().contiguous()
     if dtypes is None:
         dtypes = (x.dtype,) + (torch.promote_types(x.dtype, torch.float32),) * (count - 1)
-    if len(dtypes) != count:
-        raise ValueError(f"dtypes: got {len(dtypes)}, expected {count}, one an output")
+    else:
+        _check_dtypes(dtypes, count)
     tensors = (x, output, uncond, known, logvar, *history, *normals)
     if isinstance(row, Tensor) and device.type == "cpu" and is_eager():  # a GPU would synchronise
         used = row
@@ -116,13 +118,26 @@ def step(
         for tensor, dtype in zip(outs, dtypes, strict=True):
             checks.out(tensor, shape, dtype, device, (*tensors, *numbers))
         checks.apart(outs)
+    name = kernel.choose(backend, *tensors, results=dtypes)
     results = kernel.run(
-        shape, row, backend=kernel.choose(backend, *tensors), dtypes=dtypes, device=device, like=x,
-        x=x, cond=output, uncond=uncond, known=known, logvar=logvar, history=tuple(history),
+        shape, row, backend=name, dtypes=dtypes, device=device, like=x, x=x, cond=output,
+        uncond=uncond, known=known, logvar=logvar, history=tuple(history),
         noise=normals, row_index=row_index, guidance=guidance, output_scale=output_scale, seed=key,
         sample_ids=ids, step=checks.step(step), out=outs,
     )  # fmt: skip
     return tuple(results) if count > 1 else results[0]
+
+
+def _check_dtypes(dtypes: object, count: int) -> None:
+    if not isinstance(dtypes, Sequence):
+        raise TypeError(f"dtypes: got {type(dtypes).__name__}, expected a sequence, one an output")
+    if len(dtypes) != count:
+        raise ValueError(f"dtypes: got {len(dtypes)}, expected {count}, one an output")
+    for j, dtype in enumerate(dtypes):
+        if dtype not in checks.DTYPES:
+            raise TypeError(
+                f"dtypes[{j}]: got {dtype}, expected float32, bfloat16, float16 or float64"
+            )
 
 
 def _needs(row: Row, output, uncond, known, history) -> None:
@@ -199,13 +214,16 @@ def ddpm_step(
         a learned variance, of x's shape.
     seed, sample_ids, step: where the noise comes from (stream 2); or noise: eps itself. None is
         drawn, and none of them needed, where alpha_bar_prev = 1.
+    out: where to write, like x; it may be one of the inputs, but not overlap one partly.
+    backend: "cpu", "cuda", "triton" or "reference"; by default the best that serves (see
+        ``fastgen.info``).
 
     Returns the next sample in x's dtype. Raises TypeError or ValueError for what does not fit.
     """
     logvar = None
     if isinstance(variance, Tensor):
         logvar, variance = variance, "learned"
-    elif variance not in ("fixed_small", "fixed_large"):
+    elif not isinstance(variance, str) or variance not in ("fixed_small", "fixed_large"):
         raise ValueError(
             f"variance: got {variance!r}, expected 'fixed_small', 'fixed_large' or a tensor"
         )

@@ -34,8 +34,35 @@ def _sum(terms: Sequence[tuple[Tensor, Tensor | None]], like: Tensor) -> Tensor:
     for weight, value in terms:
         if value is not None:
             factor = per_sample(weight, like)
-            total = torch.where(factor != 0, total + factor * value, total)
+            add = _Add.apply if weight.requires_grad else _Add.forward
+            total = add(total, factor.expand_as(like), value)
     return total
+
+
+class _Add(torch.autograd.Function):
+    """total + factor value where the factor is not zero, with the derivative by it in any case."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(total: Tensor, factor: Tensor, value: Tensor) -> Tensor:
+        return torch.where(factor != 0, total + factor * value, total)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, *factors = inputs
+        ctx.save_for_backward(*factors)
+        ctx.save_for_forward(*factors)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        factor, value = ctx.saved_tensors
+        return grad, grad * value, torch.where(factor != 0, factor * grad, 0.0)
+
+    @staticmethod
+    def jvp(ctx, of_total: Tensor, of_factor: Tensor, of_value: Tensor) -> Tensor:
+        factor, value = ctx.saved_tensors
+        return of_total + of_factor * value + torch.where(factor != 0, factor * of_value, 0.0)
 
 
 def guide(cond: Tensor, uncond: Tensor | None, guidance: Tensor) -> Tensor:
@@ -92,7 +119,7 @@ def step(
     uncond: Tensor | None,
     known: Tensor | None,
     logvar: Tensor | None,
-    history: Sequence[Tensor],
+    history: Sequence[Tensor | None],
     noise: Sequence[Tensor],
     rows: Tensor,
     guidance: Tensor,

@@ -37,7 +37,7 @@ def step_gradients(
     uncond: Tensor | None,
     known: Tensor | None,
     logvar: Tensor | None,
-    history: Sequence[Tensor],
+    history: Sequence[Tensor | None],
     noise: Sequence[Tensor],
     rows: Tensor,
     guidance: Tensor,
@@ -85,7 +85,7 @@ def step_gradients(
 
     of = [through(WEIGHTS + k, INPUTS) for k in range(len(inputs))]
     of_z = [through(NOISE + m, NOISES) for m in range(len(z))]
-    of_raw = torch.where((raw >= low) & (raw <= high), of[3], 0.0)
+    of_raw = torch.where((raw < low) | (raw > high), 0.0, of[3])
     of_x, of_e, of_u = of[0] + times(0, of_raw), of[1] + times(1, of_raw), of[2]
 
     of_rows = None

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
-from torch.compiler import assume_constant_result
-
 from .. import checks
+from ..cache import cached_constant
 from ..plan import Output, Plan, Row
 from ..schedules import NoiseSchedule
 from .ddpm import Clip
 from .prediction import denoised, epsilon, folded
 
 
-@functools.lru_cache(4096, typed=True)
-@assume_constant_result
+@cached_constant
 def ddim_row(
     alpha_bar: float,
     alpha_bar_prev: float,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
-from torch.compiler import assume_constant_result
-
 from .. import checks
+from ..cache import cached_constant
 from ..plan import Output, Plan, Row
 from ..schedules import NoiseSchedule
 from .prediction import denoised, folded
@@ -16,8 +14,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned")
 Clip = float | tuple[float, float] | None
 
 
-@functools.lru_cache(4096, typed=True)
-@assume_constant_result
+@cached_constant
 def ddpm_row(
     alpha_bar: float,
     alpha_bar_prev: float,

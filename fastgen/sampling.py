@@ -1,0 +1,150 @@
+"""From noise to samples in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .loop import Loop
+from .ops.noise import INITIAL_LATENT, randn
+from .plan import Plan
+
+Model = Callable[..., Any]
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    plan: Plan,
+    shape: Sequence[int] | None = None,
+    *,
+    x: Tensor | None = None,
+    seed: int | Sequence[int] | Tensor | None = None,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    guidance_scale: float | Sequence[float] | Tensor | None = None,
+    cond: Any = None,
+    uncond: Any = None,
+    progress: bool = False,
+    callback: Callable[[Loop], None] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Runs a plan from noise to samples.
+
+    model: called as ``model(x, t, cond)``: x (rows, ...), t (rows,) on x's device, int64 for
+        discrete schedules and float32 for noise levels; a result with ``.sample`` is accepted.
+    shape: (B, ...) of the samples, drawn from ``seed`` by ``fastgen.randn``; or x: the first sample
+        itself. dtype, device: of the samples drawn (float32, and torch's default device).
+    seed, sample_ids: of all noise; the seed is needed only where some is drawn.
+    cond, uncond: any tree of tensors with the batch first. With guidance_scale g (a float or one
+        per sample) the network is called once a step with [uncond, cond], and its outputs become
+        u + g (c - u).
+        An uncond of one row is that of every sample.
+    progress: shows a bar. callback: called with the ``Loop`` after every step; it may assign
+        to ``loop.x``, and must clone what it keeps of it, since a later step overwrites it.
+
+    For a run with other arguments of the network, a backend, or an early end, write the loop over a
+    ``Loop`` yourself.
+
+    Returns (B, ...). Gradients are not recorded. Raises TypeError or ValueError for what does not
+    fit.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: got {type(plan).__name__}, expected a fastgen.Plan")
+    if (shape is None) == (x is None):
+        raise ValueError(
+            f"shape, x: got {'neither' if x is None else 'both'}, expected one of them"
+        )
+    if (guidance_scale is None) != (uncond is None):
+        raise ValueError("guidance_scale, uncond: guidance takes both, got one of them")
+    if x is None:
+        if seed is None:
+            raise ValueError("seed: got None, but the first sample is drawn from it")
+        x = _first_sample(plan, shape, seed, sample_ids, dtype, device)
+    elif dtype is not None or device is not None:
+        raise ValueError("dtype, device: go with shape; x has its own")
+    guided = guidance_scale is not None
+    if guided:
+        if cond is None:
+            raise ValueError("cond: got None, but guidance takes cond and uncond")
+        cond = _both(uncond, cond)
+    loop = Loop(
+        plan,
+        x,
+        seed=seed,
+        sample_ids=sample_ids,
+        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+        guided=guided,
+    )
+    for _ in _steps(len(plan), progress):
+        output = model(loop.model_input, loop.time, cond)
+        prediction: Any = getattr(output, "sample", output)
+        loop.step(prediction)
+        if callback is not None:
+            callback(loop)
+            if not loop.done and loop.row.input_scale == 1.0:
+                loop.x = loop.x  # the network sees what was changed in place
+    return loop.x
+
+
+def _first_sample(plan, shape, seed, sample_ids, dtype, device) -> Tensor:
+    """Normals of the noise contract's first stream, times the plan's initial scale."""
+    if plan.initial_scale == 1.0:
+        return randn(shape, seed=seed, sample_ids=sample_ids, dtype=dtype, device=device)
+    z = randn(shape, seed=seed, sample_ids=sample_ids, stream=INITIAL_LATENT, device=device)
+    return z.mul_(plan.initial_scale).to(dtype or torch.float32)
+
+
+def _both(uncond: Any, cond: Any) -> Any:
+    """[uncond, cond] along the batch, leaf by leaf; a leaf without a batch is the same in both."""
+    leaves, structure = pytree.tree_flatten(cond)
+    others, other_structure = pytree.tree_flatten(uncond)
+    if structure != other_structure:
+        raise ValueError(
+            f"uncond: got a {type(uncond).__name__} that is not built as cond, "
+            f"a {type(cond).__name__}"
+        )
+    return pytree.tree_unflatten(map(_concatenate, others, leaves), structure)
+
+
+def _concatenate(uncond: Any, cond: Any) -> Any:
+    if not isinstance(cond, Tensor) or cond.ndim == 0:
+        if not _are_equal(uncond, cond):
+            raise ValueError(
+                f"uncond: got {uncond!r} where cond has {cond!r}; only tensors with the batch "
+                "first may differ"
+            )
+        return cond
+    if not isinstance(uncond, Tensor):
+        raise TypeError(f"uncond: got {type(uncond).__name__} where cond has a torch.Tensor")
+    if uncond.ndim == cond.ndim and uncond.shape[0] == 1:
+        uncond = uncond.expand(cond.shape[0], *uncond.shape[1:])
+    if uncond.shape != cond.shape:
+        raise ValueError(
+            f"uncond: got shape {tuple(uncond.shape)}, expected cond's {tuple(cond.shape)}, "
+            "or one row of it"
+        )
+    return torch.cat([uncond, cond])
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    try:
+        return type(a) is type(b) and bool(a == b)
+    except (TypeError, ValueError, RuntimeError):  # arrays have no one answer
+        return False
+
+
+def _steps(count: int, progress: bool):
+    if not progress:
+        return range(count)
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        raise ImportError("progress: needs tqdm (pip install fastgen-samplers[cli])") from None
+    return tqdm(range(count), desc="sampling", unit="step")

@@ -1,0 +1,170 @@
+"""``fastgen.sample``: a Loop from the first noise to the samples, and what it refuses."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import fastgen
+from fastgen import Loop, NoiseSchedule, sample, solvers
+from shared import assert_same_bits, network
+
+SCHEDULE = NoiseSchedule.linear()
+DDIM = solvers.ddim(SCHEDULE, 5)
+NOISY = solvers.ddim(SCHEDULE, 5, 1.0, clip=2.0)
+PLANS = [DDIM, NOISY, solvers.ddpm(SCHEDULE, 5), solvers.dpmpp_2m(SCHEDULE, 5, clip=2.0)]
+SHAPE = (3, 2, 7)
+OTHER = torch.zeros(3)
+
+
+def start() -> torch.Tensor:
+    return fastgen.randn(SHAPE, seed=1)
+
+
+def run(plan, x, seed=None) -> torch.Tensor:
+    loop = Loop(plan, x, seed=seed)
+    while not loop.done:
+        loop.step(network(loop.model_input, loop.time))
+    return loop.x
+
+
+def test_sample_is_a_loop_from_the_first_noise():
+    for plan in PLANS:
+        expected = run(plan, fastgen.randn(SHAPE, seed=3), seed=3 if plan.stochastic else None)
+        assert_same_bits(sample(network, plan, SHAPE, seed=3), expected)
+        again = sample(network, plan, x=fastgen.randn(SHAPE, seed=3), seed=3)
+        assert_same_bits(again, expected)
+
+
+def test_sample_follows_dtype_and_device():
+    result = sample(network, NOISY, SHAPE, seed=3, dtype=torch.bfloat16, device="cpu")
+    expected = run(NOISY, fastgen.randn(SHAPE, seed=3, dtype=torch.bfloat16), seed=3)
+    assert_same_bits(result, expected)
+    assert sample(network, DDIM, SHAPE, seed=3, dtype=torch.float64).dtype == torch.float64
+
+
+def test_a_result_with_a_sample_attribute_is_accepted():
+    def model(x, t, cond):
+        return types.SimpleNamespace(sample=network(x, t))
+
+    expected = sample(network, DDIM, SHAPE, seed=3)
+    assert_same_bits(sample(model, DDIM, SHAPE, seed=3), expected)
+
+
+def test_the_callback_sees_the_loop_after_every_step():
+    seen = []
+
+    def watch(loop):
+        assert isinstance(loop, Loop)
+        seen.append((loop.index, loop.done, loop.x.clone()))
+
+    result = sample(network, DDIM, SHAPE, seed=3, callback=watch)
+    assert [(i, done) for i, done, _ in seen] == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1)]
+    assert_same_bits(seen[-1][2], result)
+
+
+def test_the_progress_bar_counts_the_steps(capsys):
+    pytest.importorskip("tqdm")
+    sample(network, DDIM, SHAPE, seed=3, progress=True)
+    assert "5/5" in capsys.readouterr().err
+    sample(network, DDIM, SHAPE, seed=3)
+    assert capsys.readouterr().err == ""
+
+
+def test_conditions_may_be_any_tree_of_tensors():
+    cond = {"class": torch.tensor([0.1, 0.2, 0.3]), "pair": (torch.ones(3, 1), [torch.ones(3)])}
+    uncond = {"class": torch.zeros(3), "pair": (torch.zeros(3, 1), [torch.zeros(3)])}
+
+    def model(x, t, tree):
+        extra = tree["pair"][0].view(-1) * 0.5 + tree["pair"][1][0] * 0.25
+        return network(x, t, tree["class"] + extra)
+
+    flat = cond["class"] + (torch.ones(3) * 0.5 + 0.25)
+    expected = sample(network, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=flat,
+                      uncond=torch.zeros(3))  # fmt: skip
+    result = sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=cond, uncond=uncond)
+    assert_same_bits(result, expected)
+    # without guidance the tree goes to the network as it is
+    sample(lambda x, t, tree: network(x, t) if tree is cond else None, DDIM, SHAPE, seed=3,
+           cond=cond)  # fmt: skip
+
+
+def test_no_gradient_is_recorded_in_the_network():
+    weight = torch.ones(()).requires_grad_()
+    assert not sample(lambda x, t, c: weight * network(x, t), DDIM, SHAPE, seed=3).requires_grad
+
+
+def test_a_callback_may_change_the_sample_in_place():
+    seen = []
+
+    def model(x, t, cond):
+        seen.append(x.clone())
+        return network(x, t)
+
+    sample(model, DDIM, (2, 3), seed=0, guidance_scale=2.0,
+                   cond=torch.zeros(2), uncond=torch.zeros(1),
+                   callback=lambda loop: loop.x.mul_(0.0))  # fmt: skip
+    assert all(not x.any() for x in seen[1:])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: sample(network, DDIM, SHAPE, x=start(), seed=0), ValueError, "shape, x.*both"),
+        (lambda: sample(network, DDIM, seed=0), ValueError, "shape, x.*neither"),
+        (lambda: sample(network, DDIM, SHAPE), ValueError, "seed"),
+        (lambda: sample(network, NOISY, x=start()), ValueError, "seed"),
+        (lambda: sample(network, DDIM, SHAPE, seed=0, guidance_scale=2.0, cond=OTHER),
+         ValueError, "guidance_scale, uncond"),
+        (lambda: sample(network, DDIM, SHAPE, seed=0, cond=OTHER, uncond=OTHER),
+         ValueError, "guidance_scale, uncond"),
+        (lambda: sample(network, DDIM, SHAPE, seed=0, guidance_scale=2.0, uncond=OTHER),
+         ValueError, "cond"),
+        (lambda: sample(network, DDIM, x=start(), dtype=torch.float32), ValueError, "dtype"),
+        (lambda: sample(network, DDIM, x=start(), device="cpu"), ValueError, "device"),
+        (lambda: sample(network, DDIM, SHAPE, seed=0, dtype=torch.int64), TypeError, "int64"),
+        (lambda: sample(network, DDIM, (), seed=0), ValueError, "shape"),
+        (lambda: sample(lambda x, t, c: x[:1], DDIM, SHAPE, seed=0), ValueError, "output"),
+        (lambda: sample(lambda x, t, c: None, DDIM, SHAPE, seed=0), TypeError, "output"),
+        (lambda: sample(network, DDIM, x=start(), seed="abc"), TypeError, "seed"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("cond", "uncond", "error"),
+    [
+        (torch.zeros(2), torch.zeros(3), ValueError),
+        (torch.zeros(2), 10, TypeError),
+        ({"a": torch.zeros(2)}, {"b": torch.zeros(2)}, ValueError),
+        ({"a": torch.zeros(2)}, torch.zeros(2), ValueError),
+        (3, 10, ValueError),
+        (3, 3.0, ValueError),
+        (["a cat"], ["a dog"], ValueError),
+        (np.ones(2), np.zeros(2), ValueError),
+        (torch.tensor(1.0), torch.tensor(2.0), ValueError),
+    ],
+)
+def test_conditions_that_do_not_match_are_refused(cond, uncond, error):
+    with pytest.raises(error, match="uncond: got"):
+        sample(lambda x, t, c: x, DDIM, (2, 3), seed=0, guidance_scale=2.0,
+                       cond=cond, uncond=uncond)  # fmt: skip
+
+
+def test_conditions_without_a_batch_are_those_of_both():
+    seen = []
+
+    def model(x, t, cond):
+        seen.append(cond[1:])
+        return network(x, t, cond[0])
+
+    shared = [None, "words", 2, torch.tensor(0.5)]
+    sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=[OTHER + 1, *shared],
+           uncond=[OTHER, *shared])  # fmt: skip
+    assert seen == [shared] * 5
