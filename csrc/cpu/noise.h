@@ -84,11 +84,7 @@ static inline void philox_blocks(uint32_t words[4][kBlocks], uint32_t block, uin
 }
 
 // z: room for kChunk normals; those of elements [tile.start, tile.start + count rounded up to 128).
-// Drawing takes long: meanwhile(part) is called before each part of the tile, to prefetch the
-// tensors that the normals will meet.
-template <typename Meanwhile>
-static inline void fill_normal(float* z, const NoiseKey& key, int32_t stream, const Tile& tile,
-                               const Meanwhile& meanwhile) {
+static inline void fill_normal(float* z, const NoiseKey& key, int32_t stream, const Tile& tile) {
     const uint64_t seed = key.seeds ? uint64_t(key.seeds[tile.sample * key.seed_stride]) : key.seed;
     const uint64_t id =
         uint64_t(key.sample_ids ? key.sample_ids[tile.sample] : key.first_sample_id + tile.sample);
@@ -98,7 +94,6 @@ static inline void fill_normal(float* z, const NoiseKey& key, int32_t stream, co
     for (int64_t done = 0; done < tile.count; done += 4 * kBlocks, block += kBlocks) {
         uint32_t words[4][kBlocks];
         float normals[4][kBlocks];
-        meanwhile(Tile{tile.sample, tile.start + done, 4 * kBlocks});
         philox_blocks(words, block, c1, uint32_t(id), uint32_t(id >> 32), uint32_t(seed),
                       uint32_t(seed >> 32));
         for (int i = 0; i < kBlocks; ++i)
@@ -109,10 +104,6 @@ static inline void fill_normal(float* z, const NoiseKey& key, int32_t stream, co
         for (int i = 0; i < kBlocks; ++i)
             for (int word = 0; word < 4; ++word) to[4 * i + word] = normals[word][i];
     }
-}
-
-static inline void fill_normal(float* z, const NoiseKey& key, int32_t stream, const Tile& tile) {
-    fill_normal(z, key, stream, tile, [](const Tile&) {});
 }
 
 }  // namespace fastgen::FASTGEN_ISA

@@ -32,12 +32,12 @@ const float* deviations(const ReparameterizeParams& p, const float* logvar, int6
     return logvar;
 }
 
+// Drawing takes long: meanwhile the tile's other tensors come into the caches.
 const float* noise_of(const ReparameterizeParams& p, const Tile& tile, float* buffer) {
     if (p.given_noise.data) return load(p.shape, p.given_noise, tile, buffer);
-    const Tensor* const others[] = {&p.mean, &p.logvar, &p.out, &p.grad_out, &p.grad_logvar};
-    fill_normal(buffer, p.key, p.stream, tile, [&](const Tile& part) {
-        for (const Tensor* tensor : others) prefetch(p.shape, *tensor, part);
-    });
+    const Tensor* const meanwhile[] = {&p.mean, &p.logvar, &p.out, &p.grad_out, &p.grad_logvar};
+    for (const Tensor* tensor : meanwhile) prefetch(p.shape, *tensor, tile);
+    fill_normal(buffer, p.key, p.stream, tile);
     return buffer;
 }
 
