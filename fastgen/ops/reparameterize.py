@@ -58,11 +58,14 @@ def reparameterize(
             kl = torch.empty(mean.shape[0], dtype=torch.float32)
         z = backends._native.quick_reparameterize(
             mean, logvar, noise, out, kl, seed, step or 0, REPARAMETERIZE,
-            torch.is_grad_enabled(), torch.get_num_threads(),
+            torch.is_grad_enabled() and out is not None, torch.get_num_threads(),
         )  # fmt: skip
         if z is not NotImplemented:
             if out is not None:
                 torch.autograd.graph.increment_version(out)
+            elif _wants_gradient(mean, logvar, noise):
+                z, kl = _Recorded.apply(mean, logvar, noise, seed, None, step or 0, *_NO_CLAMP,
+                                        "cpu", (z, kl))  # fmt: skip
             return z if kl is None else (z, kl)
     checks.tensor("mean", mean)
     checks.like("logvar", logvar, "mean", mean)
@@ -83,16 +86,15 @@ def reparameterize(
         z = z.reshape(mean.shape)
         z = z if out is None else kernel.written(out, z)
         return z if kl is None else (z, kl)
-    if name != "reference" and is_plain(mean, logvar, noise, out):
+    recording = out is None
+    if name != "reference" and is_plain(mean, logvar, noise, out, recording=recording):
         z = backends.empty_like(mean) if out is None else out
         kl = _launch(name, mean, logvar, noise, z, return_kl, bounds, seed_words, ids, step_count)
         if out is not None:
             torch.autograd.graph.increment_version(out)
-        return z if kl is None else (z, kl)
-    if name != "reference" and out is None and is_plain(mean, logvar, noise, recording=True):
-        z, kl = _Reparameterize.apply(
-            mean, logvar, noise, seed_words, ids, step_count, return_kl, *bounds, name
-        )
+        elif _wants_gradient(mean, logvar, noise):
+            z, kl = _Recorded.apply(mean, logvar, noise, seed_words, ids, step_count, *bounds, name,
+                                    (z, kl))  # fmt: skip
         return z if kl is None else (z, kl)
     seeds, id_tensor = kernel._seed_tensors(seed_words, ids, batch, device)
     if name == "reference":
@@ -233,19 +235,22 @@ def _backward(ctx, grad_z, grad_kl):
     return *grads, None, None, None, None, None, None, None
 
 
-class _Reparameterize(torch.autograd.Function):
-    """The registered op's twin for eager calls, without its cost: the key stays on the host."""
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _Recorded(torch.autograd.Function):
+    """Gives results their gradient: the registered op's twin for eager calls, without its cost,
+    since the key stays on the host."""
 
     @staticmethod
-    def forward(ctx, mean, logvar, noise, seed, ids, step, return_kl, low, high, backend):
+    def forward(ctx, mean, logvar, noise, seed, ids, step, low, high, backend, results):
         tensors = [seed[0] if isinstance(seed, tuple) else None,
                    ids if isinstance(ids, Tensor) else None]  # fmt: skip
         ctx.save_for_backward(mean, logvar, noise, *tensors)
         ctx.set_materialize_grads(False)
         ctx.rest = (seed if isinstance(seed, int) else None, step, low, high, backend)
-        z = backends.empty_like(mean)
-        kl = _launch(backend, mean, logvar, noise, z, return_kl, (low, high), seed, ids, step)
-        return z, kl
+        return results
 
     @staticmethod
     def backward(ctx, grad_z, grad_kl):
