@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..plan import MAX_NOISES, MAX_OUTPUTS, Row
-from ..reference.noise import normal
+from ..reference.noise import key_tensors, normal
 from ..reference.step import step as reference_step
 from ..reference.step_gradients import step_gradients
 from .dispatch import LIBRARY, is_eager, is_plain
+from .recorded import as_of, attach
 
 MAX_KERNEL_DIMS = 8  # beyond, tensors are flattened by a copy
 STEP_STREAMS = (2, 8, 9, 10)  # of z_0 ... z_3, in the noise contract
@@ -90,14 +91,26 @@ def quick(
         return None
     if isinstance(out, Tensor) and checks.is_frozen(out):
         return None
-    result = backends._native.quick_step(operands, noise, out, row.packed, guidance, seed,
-                               0 if seed is None else step, streams,
-                               torch.is_grad_enabled(), torch.get_num_threads())  # fmt: skip
+    grad = torch.is_grad_enabled()
+    step = 0 if seed is None else step
+    arguments = (operands, noise, out, row.packed, guidance, seed, step, streams)
+    result = backends._native.quick_step(*arguments, grad, torch.get_num_threads())
+    if result is not NotImplemented:
+        if out is not None:
+            torch.autograd.graph.increment_version(out)
+        return result
+    if not grad or out is not None or not any(map(_records, (*operands, noise))):
+        return None
+    result = backends._native.quick_step(*arguments, False, torch.get_num_threads())
     if result is NotImplemented:
         return None
-    if out is not None:
-        torch.autograd.graph.increment_version(out)
-    return result
+    given = () if noise is None else (noise,)
+    drawn = (seed, 0, step, streams)
+    return attach([result], row, operands[:5], operands[5:], given, guidance, None, drawn)[0]
+
+
+def _records(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.requires_grad
 
 
 def run(
@@ -154,7 +167,8 @@ def run(
         tensors += (seed[0],)
     if isinstance(sample_ids, Tensor):
         tensors += (sample_ids,)
-    if backend != "reference" and is_plain(*tensors):
+    recording = out is None and isinstance(row, Row)  # a table may be on a GPU, out of sight
+    if backend != "reference" and is_plain(*tensors, recording=recording):
         if out is None:
             made = _allocate(shape, dtypes, device, like)
         else:
@@ -163,11 +177,14 @@ def run(
                guidance, output_scale, seed, sample_ids, step, streams, made)  # fmt: skip
         if out is not None:
             torch.autograd.graph.increment_version(made)
+        elif isinstance(row, Row) and torch.is_grad_enabled() and any(map(_records, tensors)):
+            made = attach(made, row, (x, cond, uncond, known, logvar), history, noise, guidance,
+                          output_scale, (seed, sample_ids, step, streams))  # fmt: skip
         return made
     rows = row if isinstance(row, Tensor) else _row_tensor(row, device)
     if not isinstance(guidance, Tensor):
         guidance = torch.full((1,), guidance, dtype=torch.float32, device=device)
-    seeds, ids = _seed_tensors(seed, sample_ids, shape[0] if shape else 0, device)
+    seeds, ids = key_tensors(seed, sample_ids, shape[0] if shape else 0, device)
     slots = sum(1 << k for k, h in enumerate(history) if h is not None)
     arguments = (
         x, cond, uncond, known, logvar, [h for h in history if h is not None], slots, list(noise),
@@ -234,20 +251,6 @@ def _row_tensor(row: Row, device: torch.device) -> Tensor:
     # torch.compile makes a tensor of an array by itself; elsewhere the row must not be shared
     tensor = torch.as_tensor if torch.compiler.is_compiling() else torch.tensor
     return tensor(row.floats, device=device).view(1, -1)
-
-
-def _seed_tensors(
-    seed: Seed, sample_ids: int | Tensor, batch: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    if seed is None:
-        return None, None
-    if isinstance(seed, int):
-        seeds = torch.full((1,), seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
-    else:
-        seeds = seed[0]
-    if isinstance(sample_ids, int):
-        sample_ids = torch.arange(sample_ids, sample_ids + batch, device=device)
-    return seeds, sample_ids
 
 
 # ---- the registered op ---------------------------------------------------------------------------
@@ -337,9 +340,6 @@ def _backward(ctx, grads):
     of_rows = found.rows
     if of_rows is not None and row_index is not None:
         of_rows = torch.zeros_like(table).index_add(0, row_index.view(1), of_rows)
-
-    def as_of(tensor, grad):
-        return grad.to(tensor.dtype) if tensor is not None and tensor.requires_grad else None
 
     return (
         as_of(x, found.x), as_of(cond, found.cond), as_of(uncond, found.uncond),

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..reference import reparameterize as reference
 from ..reference.arithmetic import CHUNK, per_sample_rows, sum_by_halves
-from ..reference.noise import normal
+from ..reference.noise import key_tensors, normal
 from ..reference.step import per_sample
 from . import kernel
 from .dispatch import LIBRARY, is_batched, is_plain
@@ -96,7 +96,7 @@ def reparameterize(
             z, kl = _Recorded.apply(mean, logvar, noise, seed_words, ids, step_count, *bounds, name,
                                     (z, kl))  # fmt: skip
         return z if kl is None else (z, kl)
-    seeds, id_tensor = kernel._seed_tensors(seed_words, ids, batch, device)
+    seeds, id_tensor = key_tensors(seed_words, ids, batch, device)
     if name == "reference":
         if seeds is not None and id_tensor is not None:
             noise = normal(mean.shape, seeds, id_tensor, step_count, REPARAMETERIZE)
@@ -270,8 +270,8 @@ def _gradients(mean, logvar, noise, seeds, ids, step, grad_z, grad_kl, low, high
     again = torch.is_grad_enabled() or is_batched(grad_z, grad_kl)  # double, vectorised backward
     if again and not torch.compiler.is_compiling():
         if isinstance(seeds, int):
-            seeds, ids = kernel._seed_tensors(seeds, 0 if ids is None else ids, mean.shape[0],
-                                              mean.device)  # fmt: skip
+            ids = 0 if ids is None else ids
+            seeds, ids = key_tensors(seeds, ids, mean.shape[0], mean.device)
         return _backward_formula(mean, logvar, noise, seeds, ids, step, grad_z, grad_kl, low, high)
     wants_noise = noise is not None and noise.requires_grad and grad_z is not None
     passes = grad_kl is None and grad_z.dtype == mean.dtype  # d z / d mean = 1

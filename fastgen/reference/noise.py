@@ -62,3 +62,21 @@ def normal(
     z2, z3 = box_muller(w[..., 2], w[..., 3])
     z = torch.stack([z0, z1, z2, z3], dim=-1)
     return z.flatten(1)[:, :elements].reshape(tuple(shape))
+
+
+def key_tensors(
+    seed: int | tuple[Tensor, int] | None,
+    sample_ids: int | Tensor,
+    batch: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(seeds, sample ids) as ``words`` takes them, from what ``checks`` made of the arguments."""
+    if seed is None:
+        return None, None
+    if isinstance(seed, int):
+        seeds = torch.full((1,), seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
+    else:
+        seeds = seed[0]
+    if isinstance(sample_ids, int):
+        sample_ids = torch.arange(sample_ids, sample_ids + batch, device=device)
+    return seeds, sample_ids
