@@ -89,7 +89,8 @@ def step_gradients(
     def through(first_column: int, width: int) -> Tensor | None:
         return _plus(*[times(first_column + j * width, y) for j, y in enumerate(ys)])
 
-    of = [through(WEIGHTS + k, INPUTS) for k in range(5 + len(history))]
+    given = (x, c, u, rows, known, *history)  # the denoised sample always is
+    of = [None if v is None else through(WEIGHTS + k, INPUTS) for k, v in enumerate(given)]
     of_z = [through(NOISE + m, NOISES) for m in range(len(z))]
     of_raw = of[3]
     if raw is not None and of_raw is not None:
