@@ -35,6 +35,17 @@ def test_any_rank_is_served(rank):
     assert_same_bits(fastgen.randn(shape, seed=0).view(2, 3), fastgen.randn((2, 3), seed=0))
 
 
+@pytest.mark.parametrize("shape", [(0, *[1] * 8), (0, 2, *[1] * 7), (2, 0, *[1] * 7)])
+def test_nothing_has_any_rank(shape):
+    x = torch.zeros(shape)
+    assert fastgen.ddim_step(x, x, 0.5, 0.6).shape == shape
+    assert fastgen.cfg_combine(x, x, 2.0, rescale=0.5).shape == shape
+    z, kl = fastgen.reparameterize(x, x, noise=x, return_kl=True)
+    assert z.shape == shape
+    assert torch.equal(kl, torch.zeros(shape[0]))
+    assert torch.equal(fastgen.gaussian_kl(x, x), kl)
+
+
 def test_layouts_beyond_the_kernels_dims_are_flattened():
     scattered = torch.randn((4,) * 10)[(slice(0, 4, 2),) * 10]
     dense = scattered.contiguous()

@@ -230,6 +230,54 @@ def test_a_weight_of_zero_has_a_gradient(backend):
     assert grad[0, 8:20].tolist() == [6.0, 30.0, 0, 0, 0, 0, 6.0, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap of grad", "grad of vmap"])
+def test_transforms_see_what_a_choice_hides(transform):
+    """The derivative by a weight of zero, and by a guidance of one."""
+    x, e, u = torch.randn(3, 2, 3)
+    rows = fastgen.stack_rows([Row((Output({"x": 1.0}),))])
+
+    def by_weight(w):
+        index = torch.arange(72) == 9
+        return fastgen.step(torch.where(index, w, rows), x, e).sum()
+
+    def by_guidance(g):
+        row = Row((Output({"e": 1.0}),))
+        return fastgen.step(row, x, e, uncond=u, guidance_scale=g).sum()
+
+    for function, at, expected in ((by_weight, 0.0, e.sum()), (by_guidance, 1.0, (e - u).sum())):
+        point = torch.full((1,), at)
+        if transform == "grad":
+            found = torch.func.grad(function)(point)
+        elif transform == "jvp":
+            found = torch.func.jvp(function, (point,), (torch.ones(1),))[1]
+        elif transform == "vmap of grad":
+            found = torch.func.vmap(torch.func.grad(function))(point.expand(4, 1))[3]
+        else:
+            batched = torch.func.vmap(function)
+            found = torch.func.grad(lambda p: batched(p).sum())(point.expand(4, 1))[3]  # noqa: B023
+        torch.testing.assert_close(found.sum(), expected)
+
+
+def test_an_unread_weight_of_noise_has_a_gradient(backend):
+    rows = fastgen.stack_rows([Row((Output({"x": 1.0}),))]).requires_grad_()
+    x = torch.ones(2, 3)
+    y = fastgen.step(rows, x, seed=3, step=2, backend=backend)
+    (grad,) = torch.autograd.grad(y.sum(), rows)
+    for m, stream in enumerate((2, 8, 9, 10)):
+        z = fastgen.randn((2, 3), seed=3, step=2, stream=stream)
+        torch.testing.assert_close(grad[0, 56 + m], z.sum())
+
+
+def test_a_log_variance_that_scales_nothing_has_a_gradient_of_zero(backend):
+    x, logvar = torch.randn(2, 2, 3)
+    logvar.requires_grad_()
+    rows = fastgen.stack_rows([Row((Output({"x": 1.0}),))])
+    for row in (Row((Output({"x": 1.0}),)), rows):
+        y = fastgen.step(row, x.clone().requires_grad_(), logvar=logvar, backend=backend)
+        (grad,) = torch.autograd.grad(y.sum(), logvar, allow_unused=True)
+        assert grad is None or not grad.any()
+
+
 def test_history_may_have_empty_slots(backend):
     row = Row((Output({"x": 1.0, "h1": 0.5}),))
     x, h = torch.randn(2, 2, 3)

@@ -124,7 +124,7 @@ def rescale_factor(
     if not isinstance(guidance, Tensor):
         guidance = torch.full((1,), guidance, dtype=torch.float32, device=cond.device)
     if cond.ndim > kernel.MAX_KERNEL_DIMS:
-        cond, uncond = (t.reshape(t.shape[0], -1) for t in (cond, uncond))
+        cond, uncond = per_sample_rows(cond), per_sample_rows(uncond)
     if backend == "reference":
         return reference.rescale(cond, uncond, guidance, rescale)
     if is_plain(cond, uncond, guidance):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..plan import MAX_NOISES, MAX_OUTPUTS, Row
+from ..reference.arithmetic import per_sample_rows
 from ..reference.noise import key_tensors, normal
 from ..reference.step import step as reference_step
 from ..reference.step_gradients import step_gradients
@@ -147,13 +148,13 @@ def run(
     if len(shape) > MAX_KERNEL_DIMS and backend != "reference":
 
         def flat(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.reshape(shape[0], -1)
+            return None if tensor is None else per_sample_rows(tensor)
 
         results = run(
             (shape[0], math.prod(shape[1:])), row, backend=backend, dtypes=dtypes, device=device,
             x=flat(x), cond=flat(cond), uncond=flat(uncond), known=flat(known),
             logvar=flat(logvar), history=tuple(map(flat, history)),
-            noise=tuple(n.reshape(shape[0], -1) for n in noise), row_index=row_index,
+            noise=tuple(map(per_sample_rows, noise)), row_index=row_index,
             guidance=guidance, output_scale=output_scale, seed=seed, sample_ids=sample_ids,
             step=step, streams=streams,
         )  # fmt: skip
@@ -301,7 +302,8 @@ def _drawn(noise: list[Tensor], rows: Tensor, row_index, seeds, sample_ids, step
     if row_index is not None:
         step = row_index.view(()) + step
     used = len(streams)
-    if rows.device.type == "cpu" and is_eager():  # elsewhere, looking would synchronise
+    looked_at = rows.device.type == "cpu" and is_eager()  # elsewhere it would synchronise
+    if looked_at and not rows.requires_grad:  # a weight of zero has a gradient
         scales = rows.detach()[:, -MAX_OUTPUTS * MAX_NOISES :].view(-1, MAX_OUTPUTS, MAX_NOISES)
         columns = (scales != 0).any(0).any(0)
         used = int((columns * torch.arange(1, MAX_NOISES + 1)).max())

@@ -77,9 +77,9 @@ def reparameterize(
         checks.out(out, mean.shape, mean.dtype, device, (mean, logvar, noise))
     name = kernel.choose(backend, mean, logvar, noise, op="reparameterize")
     if mean.ndim > kernel.MAX_KERNEL_DIMS and name != "reference":
-        given = None if noise is None else noise.reshape(batch, -1)
+        given = None if noise is None else per_sample_rows(noise)
         made = reparameterize(
-            mean.reshape(batch, -1), logvar.reshape(batch, -1), noise=given, seed=seed,
+            per_sample_rows(mean), per_sample_rows(logvar), noise=given, seed=seed,
             sample_ids=sample_ids, step=step, return_kl=return_kl, clamp=clamp, backend=name,
         )  # fmt: skip
         z, kl = made if isinstance(made, tuple) else (made, None)
@@ -129,7 +129,7 @@ def gaussian_kl(
     bounds = _NO_CLAMP if clamp is None else checks.interval("clamp", clamp)
     name = kernel.choose(backend, mean, logvar, op="reparameterize")
     if mean.ndim > kernel.MAX_KERNEL_DIMS:
-        mean, logvar = mean.reshape(mean.shape[0], -1), logvar.reshape(mean.shape[0], -1)
+        mean, logvar = per_sample_rows(mean), per_sample_rows(logvar)
     if name == "reference":
         return reference.gaussian_kl(mean, logvar, bounds)
     if is_plain(mean, logvar):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import is_transformed
 from .arithmetic import exp, working_dtype
 
 INPUTS = 12  # x, e, u, denoised, known, seven of history
@@ -34,9 +35,14 @@ def _sum(terms: Sequence[tuple[Tensor, Tensor | None]], like: Tensor) -> Tensor:
     for weight, value in terms:
         if value is not None:
             factor = per_sample(weight, like)
-            add = _Add.apply if weight.requires_grad else _Add.forward
+            add = _Add.apply if _is_differentiated(weight) else _Add.forward
             total = add(total, factor.expand_as(like), value)
     return total
+
+
+def _is_differentiated(factor: Tensor) -> bool:
+    """Whether a derivative by it may be asked for: inside transforms a tensor does not show it."""
+    return factor.requires_grad or is_transformed()
 
 
 class _Add(torch.autograd.Function):
@@ -70,7 +76,7 @@ def guide(cond: Tensor, uncond: Tensor | None, guidance: Tensor) -> Tensor:
     if uncond is None:
         return cond
     g = per_sample(guidance, cond)
-    if g.requires_grad:
+    if _is_differentiated(g):
         return _Guide.apply(cond, uncond, g.expand_as(cond))
     return torch.where(g == 1, cond, uncond + g * (cond - uncond))
 
