@@ -130,7 +130,8 @@ def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
             continue  # the interpreter is for checking, never a default
         reason = refusal(op, candidate, device_type, dtype)
         if not reason:
-            if candidate == "reference" and device_type != "cpu" and dtype in KERNEL_DTYPES:
+            falls_back = candidate == "reference" and device_type not in ("cpu", "meta")
+            if falls_back and dtype in KERNEL_DTYPES:
                 warnings.warn(
                     f"fastgen: {op} on {device_type} falls back to the eager reference: "
                     + "; ".join(reasons),

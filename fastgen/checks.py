@@ -52,7 +52,8 @@ def like(name: str, value: Any, other_name: str, other: Tensor) -> Tensor:
 def number(name: str, value: Any) -> float:
     """A finite real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a float")
+        hint = " (its .item())" if isinstance(value, Tensor | np.ndarray) else ""
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a float{hint}")
     number = float(value)
     if not -_LARGEST <= number <= _LARGEST:
         raise ValueError(f"{name}: got {value}, expected a finite number (float32's range)")
@@ -157,7 +158,10 @@ def sample_ids(value: Any, batch: int, device: torch.device) -> int | Tensor:
         words = [integer("sample_ids", v, 0, 1 << 63) for v in value]
         ids = torch.tensor(words, dtype=torch.int64, device=device)
     else:
-        raise TypeError(f"sample_ids: got {type(value).__name__}, expected int64, one per sample")
+        raise TypeError(
+            f"sample_ids: got {type(value).__name__}, expected a sequence or int64 tensor of them, "
+            "one per sample, as in [7]"
+        )
     if ids.numel() != batch:
         raise ValueError(f"sample_ids: got {ids.numel()}, expected {batch}, one per sample")
     return ids

@@ -119,14 +119,15 @@ class Loop:
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: ``index``, ``x``, ``history`` and, where the network's input is not
-        x itself, ``input``; copied, for ``torch.save``.
+        x itself, ``input``; copied, for ``torch.save``. ``plan`` tells it from other plans' states.
 
         The rest of a run is its plan, seed, sample_ids and guidance_scale, which the caller has.
         """
         history = [None if h is None else h.clone() for h in self.history]
         scaled = not self.done and self.row.input_scale != 1.0
         made = self._input[: self._batch].clone() if scaled else None
-        return {"index": self.index, "x": self._x.clone(), "history": history, "input": made}
+        return {"plan": self.plan.digest, "index": self.index, "x": self._x.clone(),
+                "history": history, "input": made}  # fmt: skip
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -134,9 +135,11 @@ class Loop:
 
         Raises ValueError or TypeError for a state that does not fit, before anything is changed.
         """
-        missing = {"index", "x", "history", "input"} - set(state)
+        missing = {"plan", "index", "x", "history", "input"} - set(state)
         if missing:
             raise ValueError(f"state: lacks {', '.join(sorted(missing))}")
+        if state["plan"] != self.plan.digest:
+            raise ValueError(f"state['plan']: is another plan's than this run's {self.plan!r}")
         index = checks.integer("state['index']", state["index"], 0, len(self.plan) + 1)
         history = list(state["history"])
         if len(history) != len(self.history):

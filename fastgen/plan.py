@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -37,7 +37,9 @@ class Output:
     target: str | int = "x"
 
     def __post_init__(self) -> None:
-        if isinstance(self.noise, numbers.Real):
+        if not isinstance(self.weights, Mapping):
+            raise TypeError(f"weights: got {type(self.weights).__name__}, expected a mapping")
+        if not isinstance(self.noise, Sequence) or isinstance(self.noise, str):
             raise TypeError(f"noise: got {self.noise}, expected a factor a normal, as in (1.0,)")
         for name, weight in self.weights.items():
             checks.number(f"weights[{name!r}]", weight)
@@ -96,15 +98,20 @@ class Row:
     reads: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.outputs, Output):
-            raise TypeError("outputs: got an Output, expected a sequence of them")
+        if not isinstance(self.outputs, Sequence):
+            raise TypeError(f"outputs: got {self.outputs}, expected a sequence of Outputs")
         object.__setattr__(self, "outputs", tuple(self.outputs))
+        if not all(isinstance(output, Output) for output in self.outputs):
+            raise TypeError(f"outputs: got {self.outputs}, expected Outputs")
         if not 1 <= len(self.outputs) <= MAX_OUTPUTS:
             raise ValueError(f"outputs: got {len(self.outputs)}, expected 1 to {MAX_OUTPUTS}")
         if self.clip is not None:
             object.__setattr__(self, "clip", checks.interval("clip", self.clip))
         for name in ("denoised", "logvar"):
-            for number in getattr(self, name):
+            pair = getattr(self, name)
+            if not isinstance(pair, Sequence) or len(pair) != 2:
+                raise TypeError(f"{name}: got {pair!r}, expected a pair of floats")
+            for number in pair:
                 checks.number(name, number)
         for name in ("model_time", "input_scale"):
             checks.number(name, getattr(self, name))
@@ -156,14 +163,16 @@ class Plan:
     solver: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rows, Sequence):
+            raise TypeError(f"rows: got {type(self.rows).__name__}, expected a sequence of Rows")
         object.__setattr__(self, "rows", tuple(self.rows))
         strangers = [type(row).__name__ for row in self.rows if not isinstance(row, Row)]
         if strangers:
             raise TypeError(f"rows: got a {strangers[0]}, expected Rows")
         if not self.rows:
             raise ValueError("rows: got none, expected at least one step")
-        if not (math.isfinite(self.initial_scale) and self.initial_scale >= 0):
-            raise ValueError(f"initial_scale: got {self.initial_scale}, expected a finite number")
+        if checks.number("initial_scale", self.initial_scale) < 0:
+            raise ValueError(f"initial_scale: got {self.initial_scale}, expected at least 0")
         written: set[str] = set()
         for i, row in enumerate(self.rows):
             if self.discrete and row.model_time != int(row.model_time):
@@ -208,6 +217,16 @@ class Plan:
     def stochastic(self) -> bool:
         """Whether any row draws noise."""
         return any(row.noises for row in self.rows)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits of SHA-256 over the numbers of the rows: equal for equal plans."""
+        numbers = hashlib.sha256()
+        for row in self.rows:
+            targets = [output.target for output in row.outputs]
+            told = (float(row.model_time), float(row.input_scale), targets)
+            numbers.update(row.packed + repr(told).encode())
+        return numbers.hexdigest()[:16]
 
     def table(self, device: torch.device | str | None = None) -> Tensor:
         """(steps, 72) float32: all coefficients, for a step whose row is chosen on the device."""

@@ -12,7 +12,7 @@ from . import checks
 SPACINGS = ("trailing", "leading", "linspace")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
     """The signal level alpha_bar of a variance-preserving forward process at timesteps 0 ... N-1.
 
@@ -37,6 +37,10 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.alpha_bars)
+
+    def __repr__(self) -> str:
+        first, last = self.alpha_bars[0], self.alpha_bars[-1]
+        return f"NoiseSchedule({len(self)} timesteps, alpha_bar from {first:.6g} to {last:.6g})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, NoiseSchedule):

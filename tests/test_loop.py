@@ -648,6 +648,7 @@ def test_the_network_sees_a_sample_that_was_changed(guided):
     ("change", "message"),
     [
         (lambda s: s.pop("x"), "state: lacks x"),
+        (lambda s: s.update(plan="0" * 16), "is another plan's"),
         (lambda s: s.update(index=7), "index"),
         (lambda s: s.update(history=[]), "history"),
         (lambda s: s.update(x=torch.zeros(3, 3)), "x"),

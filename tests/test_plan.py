@@ -55,6 +55,31 @@ def test_a_number_that_float32_cannot_hold_is_refused(number):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Output(None), "weights: got NoneType"),
+        (lambda: Output([("x", 1.0)]), "weights: got list"),
+        (lambda: Output({"x": "1"}), r"weights\['x'\]: got str"),
+        (lambda: Output(noise=1.0), "noise: got 1.0"),
+        (lambda: Output(noise=None), "noise: got None"),
+        (lambda: Row(X), "outputs: got Output"),
+        (lambda: Row(None), "outputs: got None"),
+        (lambda: Row(({"x": 1.0},)), "outputs: got .*expected Outputs"),
+        (lambda: Row((X,), denoised=1.0), "denoised: got 1.0"),
+        (lambda: Row((X,), denoised=(1.0,)), "denoised: got"),
+        (lambda: Row((X,), logvar=("a", 1.0)), "logvar: got str"),
+        (lambda: Row((X,), clip="12"), "clip: got '12'"),
+        (lambda: Plan(None), "rows: got NoneType"),
+        (lambda: Plan((X,)), "rows: got a Output"),
+        (lambda: Plan((NEXT,), initial_scale="1"), "initial_scale: got str"),
+    ],
+)
+def test_what_is_no_table_is_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
         (lambda: Output({"y": 1.0}), "weights.*'y'"),
         (lambda: Output({"h7": 1.0}), "weights.*'h7'"),
         (lambda: Output({"d": 1.0}), "weights.*'d'"),
@@ -276,3 +301,11 @@ def test_a_discrete_plan_has_integer_times():
     with pytest.raises(ValueError, match="model_time"):
         Plan((row,))
     assert len(Plan((row,), discrete=False)) == 1
+
+
+def test_plans_are_told_apart_by_their_digest():
+    schedule = fastgen.NoiseSchedule.cosine(100)
+    plans = [fastgen.solvers.ddim(schedule, 4, eta) for eta in (0.0, 0.5)]
+    plans += [fastgen.solvers.ddim(schedule, 5), fastgen.solvers.ddpm(schedule, 4)]
+    assert len({plan.digest for plan in plans}) == 4
+    assert fastgen.solvers.ddim(schedule, 4).digest == plans[0].digest

@@ -232,3 +232,8 @@ def test_pairs_step_from_level_to_level_and_end_without_noise():
 def test_what_does_not_fit_is_refused_by_name(call, error, argument):
     with pytest.raises(error, match=f"^{argument}"):
         call()
+
+
+def test_a_schedule_is_shown_in_a_line():
+    text = repr(NoiseSchedule.linear())
+    assert text == "NoiseSchedule(1000 timesteps, alpha_bar from 0.9999 to 4.03583e-05)"
