@@ -441,3 +441,18 @@ for capability, name in ((80, "fp32 tanh"), (90, "bf16 relu"), (100, "fp16 gelu"
 def test_triton_compiles_ahead_of_time():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], env=environment, check=True)
+
+
+def test_autocast_is_pytorchs():
+    x, w = torch.randn(2, 3, 5, 5), torch.randn(3, 4, 3, 3)
+    for kind in (x, x.bfloat16(), x.double()):
+        weight = w.double() if kind.dtype == torch.float64 else w
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = fastgen.conv_transpose2d(kind, weight, stride=2)
+            theirs = torch.nn.functional.conv_transpose2d(kind, weight, stride=2)
+        assert ours.dtype == theirs.dtype
+        # two halves of a spacing where each rounds once; a dozen products at most in float64
+        units = 12 if ours.dtype == torch.float64 else 1
+        assert (ours - theirs).abs().max() <= units * torch.finfo(
+            ours.dtype
+        ).eps * theirs.abs().max()

@@ -50,6 +50,7 @@ def conv_transpose2d(
     out: where to write; (B, C_out, H', W') of the input's dtype, overlapping no input partly.
     backend: "cpu", "triton" or "reference"; by default the best that serves (``fastgen.info``).
 
+    Under ``torch.autocast`` input and weight take its dtype, as in PyTorch.
     The error against float64 is at most twice that of PyTorch's own operators. Gradients reach
     input, weight, bias, scale and shift, and can be differentiated again. Raises ValueError or
     TypeError for what does not fit.
@@ -75,6 +76,8 @@ def _conv_transpose(
     dims, input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
     activation, negative_slope, out, backend,
 ) -> Tensor:  # fmt: skip
+    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+        input, weight = (_as_autocast(t, input.device.type) for t in (input, weight))
     operands = (input, weight, bias, scale, shift)
     options = (stride, padding, output_padding, groups, dilation, activation)
     check = _check_once if is_eager() and all(map(_is_fixed, options)) else _check
@@ -144,6 +147,13 @@ def _sizes(name: str, value: Any, dims: int, low: int) -> tuple[int, ...]:
 Checked = tuple[tuple[Any, Any, Any, Any, Any], tuple[int, ...], str]
 
 _known: dict[tuple, Checked] = {}
+
+
+def _as_autocast(operand, device_type: str):
+    """In the dtype of ``torch.autocast``, which leaves float64 alone."""
+    if not isinstance(operand, Tensor) or operand.dtype not in backends.KERNEL_DTYPES:
+        return operand
+    return operand.to(torch.get_autocast_dtype(device_type))
 
 
 def _is_fixed(option: Any) -> bool:
