@@ -396,6 +396,29 @@ def test_seeds_without_memory_are_left_to_the_dispatcher():
         fastgen.randn((2, 3), seed=fake)
 
 
+def test_numbers_in_tensors_with_the_negative_bit_are_read_right():
+    x, two = torch.ones(2, 3), torch._neg_view(torch.tensor([-2]))
+    table = fastgen.stack_rows([Row((Output({"x": float(k)}),)) for k in (1, 2, 3)])
+    assert torch.equal(fastgen.step(table, x, row_index=two), torch.full((2, 3), 3.0))
+    for call in (
+        lambda seed: fastgen.randn((2, 3), seed=seed),
+        lambda seed: fastgen.reparameterize(x, x, seed=seed, step=0),
+        lambda seed: fastgen.reparameterize(x, x, seed=1, sample_ids=seed.expand(2), step=0),
+    ):
+        assert_same_bits(call(two), call(torch.tensor([2])))
+
+
+def test_the_key_of_a_reparameterization_may_be_fake():
+    with FakeTensorMode() as mode:
+        x, fake = torch.ones(2, 3), mode.from_tensor(torch.ones(2, dtype=torch.int64))
+        assert isinstance(fastgen.reparameterize(x, x, seed=fake, step=0), FakeTensor)
+    x = torch.ones(2, 3)
+    with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):
+        fastgen.reparameterize(x, x, seed=fake, step=0)
+    with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):
+        fastgen.reparameterize(x, x, seed=0, sample_ids=fake, step=0)
+
+
 def test_a_dim_of_one_may_have_any_stride():
     x = torch.ones(1, 4).as_strided((1, 4), (9, 1))
     assert fastgen.combine([x], [2.0], out=x.as_strided((1, 4), (4, 1))) is not None

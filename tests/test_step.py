@@ -258,6 +258,20 @@ def test_transforms_see_what_a_choice_hides(transform):
         torch.testing.assert_close(found.sum(), expected)
 
 
+def test_mixed_second_derivatives_at_a_weight_of_zero_and_a_guidance_of_one(backend):
+    x, e, u = (t.requires_grad_() for t in torch.randn(3, 2, 3))
+    rows = fastgen.stack_rows([Row((Output({"e": 1.0}),), denoised=(0.0, 1.0), clip=9.0)])
+    rows, g = rows.requires_grad_(), torch.ones(1, requires_grad=True)
+    y = fastgen.step(rows, x, e, uncond=u, guidance_scale=g, backend=backend)
+    by_rows, by_g = torch.autograd.grad(y.square().sum() / 2, (rows, g), create_graph=True)
+    # y = w_x x + u + g (c - u): d/dw_x is sum x y, and d/dg sum (c - u) y
+    (of_x,) = torch.autograd.grad(by_rows[0, 8], x, retain_graph=True)
+    torch.testing.assert_close(of_x, e.detach())
+    of_c, of_u = torch.autograd.grad(by_g.sum(), (e, u))
+    torch.testing.assert_close(of_c, (2 * e - u).detach())
+    torch.testing.assert_close(of_u, -e.detach())
+
+
 def test_an_unread_weight_of_noise_has_a_gradient(backend):
     rows = fastgen.stack_rows([Row((Output({"x": 1.0}),))]).requires_grad_()
     x = torch.ones(2, 3)

@@ -168,6 +168,8 @@ def run(
         tensors += (seed[0],)
     if isinstance(sample_ids, Tensor):
         tensors += (sample_ids,)
+    if row_index is not None:
+        tensors += (row_index,)
     recording = out is None and isinstance(row, Row)  # a table may be on a GPU, out of sight
     if backend != "reference" and is_plain(*tensors, recording=recording):
         if out is None:
@@ -290,6 +292,8 @@ def _outputs(codes, shape, device, like) -> list[Tensor]:
 def _in_slots(history: Sequence[Tensor], slots: int) -> list[Tensor | None]:
     """h_0 ... again, of which the registered op takes those that are there: ``slots``, a bit for
     each."""
+    if slots < 0 or slots.bit_count() != len(history):
+        raise ValueError(f"slots: {slots:b} has other bits than the {len(history)} tensors given")
     there = iter(history)
     return [next(there) if slots >> k & 1 else None for k in range(slots.bit_length())]
 

@@ -86,8 +86,10 @@ def reparameterize(
         z = z.reshape(mean.shape)
         z = z if out is None else kernel.written(out, z)
         return z if kl is None else (z, kl)
+    keys = (seed_words[0] if isinstance(seed_words, tuple) else None,
+            ids if isinstance(ids, Tensor) else None)  # fmt: skip
     recording = out is None
-    if name != "reference" and is_plain(mean, logvar, noise, out, recording=recording):
+    if name != "reference" and is_plain(mean, logvar, noise, out, *keys, recording=recording):
         z = backends.empty_like(mean) if out is None else out
         kl = _launch(name, mean, logvar, noise, z, return_kl, bounds, seed_words, ids, step_count)
         if out is not None:

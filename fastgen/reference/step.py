@@ -34,10 +34,16 @@ def _sum(terms: Sequence[tuple[Tensor, Tensor | None]], like: Tensor) -> Tensor:
     total = torch.full_like(like, -0.0)  # the neutral element of addition
     for weight, value in terms:
         if value is not None:
-            factor = per_sample(weight, like)
-            add = _Add.apply if _is_differentiated(weight) else _Add.forward
-            total = add(total, factor.expand_as(like), value)
+            total = total + weighted(per_sample(weight, like), value)
     return total
+
+
+def weighted(factor: Tensor, value: Tensor) -> Tensor:
+    """factor * value, and -0.0 whatever the value where the factor is zero: what a sum leaves out.
+    The derivative by the factor is there in any case."""
+    factor = factor.expand_as(value)
+    run = _Weighted.apply if _is_differentiated(factor) else _Weighted.forward
+    return run(factor, value)
 
 
 def _is_differentiated(factor: Tensor) -> bool:
@@ -45,30 +51,27 @@ def _is_differentiated(factor: Tensor) -> bool:
     return factor.requires_grad or is_transformed()
 
 
-class _Add(torch.autograd.Function):
-    """total + factor value where the factor is not zero, with the derivative by it in any case."""
-
+class _Weighted(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(total: Tensor, factor: Tensor, value: Tensor) -> Tensor:
-        return torch.where(factor != 0, total + factor * value, total)
+    def forward(factor: Tensor, value: Tensor) -> Tensor:
+        return torch.where(factor != 0, factor * value, -0.0)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, *factors = inputs
-        ctx.save_for_backward(*factors)
-        ctx.save_for_forward(*factors)
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         factor, value = ctx.saved_tensors
-        return grad, grad * value, torch.where(factor != 0, factor * grad, 0.0)
+        return grad * value, _Weighted.apply(factor, grad)
 
     @staticmethod
-    def jvp(ctx, of_total: Tensor, of_factor: Tensor, of_value: Tensor) -> Tensor:
+    def jvp(ctx, of_factor: Tensor, of_value: Tensor) -> Tensor:
         factor, value = ctx.saved_tensors
-        return of_total + of_factor * value + torch.where(factor != 0, factor * of_value, 0.0)
+        return of_factor * value + _Weighted.apply(factor, of_value)
 
 
 def guide(cond: Tensor, uncond: Tensor | None, guidance: Tensor) -> Tensor:
@@ -98,17 +101,12 @@ class _Guide(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         cond, uncond, g = ctx.saved_tensors
-        one = g == 1
-        return (
-            torch.where(one, grad, g * grad),
-            torch.where(one, 0.0, (1.0 - g) * grad),
-            grad * (cond - uncond),
-        )
+        return g * grad, _Weighted.apply(1.0 - g, grad), grad * (cond - uncond)
 
     @staticmethod
     def jvp(ctx, of_cond: Tensor, of_uncond: Tensor, of_g: Tensor) -> Tensor:
         cond, uncond, g = ctx.saved_tensors
-        along = torch.where(g == 1, of_cond, of_uncond + g * (of_cond - of_uncond))
+        along = g * of_cond + _Weighted.apply(1.0 - g, of_uncond)
         return along + of_g * (cond - uncond)
 
 

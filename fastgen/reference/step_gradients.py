@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import exp, per_sample_rows, working_dtype
-from .step import INPUTS, NOISE, NOISES, WEIGHTS, clip, guide, per_sample
+from .step import INPUTS, NOISE, NOISES, WEIGHTS, clip, guide, per_sample, weighted
 
 
 class StepGradients(NamedTuple):
@@ -66,8 +66,7 @@ def step_gradients(
         weight = factor(column)
         if value is None or (isinstance(weight, float) and weight == 0):
             return None
-        product = weight * value
-        return torch.where(weight != 0, product, 0.0) if isinstance(weight, Tensor) else product
+        return weighted(weight, value) if isinstance(weight, Tensor) else weight * value
 
     # Forward again, as far as the gradient needs it.
     low, high = factor(2), factor(3)
@@ -131,8 +130,8 @@ def step_gradients(
         if isinstance(guidance, Tensor):
             of_guidance = total(of_e * (c - u), guidance)
             g = per_sample(guidance, of_e)
-            of_c = torch.where(g == 1, of_e, g * of_e)
-            of_u = _plus(of_u, torch.where(g == 1, 0.0, (1.0 - g) * of_e))
+            of_c = g * of_e
+            of_u = _plus(of_u, weighted(1.0 - g, of_e))
         elif g != 1:
             of_c, of_u = g * of_e, _plus(of_u, (1.0 - g) * of_e)
     of_logvar = None
