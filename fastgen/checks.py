@@ -15,7 +15,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ELEMENTS = 1 << 34  # of one sample: what the counter's 32-bit block can hold
 MAX_STEPS = 1 << 24
-_LARGEST = 3.4028234663852886e38  # float32's
+_BEYOND = 2.0**128 - 2.0**103  # from here on, rounding to float32 gives infinity
 SMALLEST = 2.0**-126  # its smallest normal number: beneath, what comes out depends on the processor
 
 
@@ -49,13 +49,21 @@ def like(name: str, value: Any, other_name: str, other: Tensor) -> Tensor:
     return value
 
 
+def instance(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a fastgen.{kind.__name__}")
+
+
 def number(name: str, value: Any) -> float:
     """A finite real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         hint = " (its .item())" if isinstance(value, Tensor | np.ndarray) else ""
         raise TypeError(f"{name}: got {type(value).__name__}, expected a float{hint}")
-    number = float(value)
-    if not -_LARGEST <= number <= _LARGEST:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not -_BEYOND < number < _BEYOND:
         raise ValueError(f"{name}: got {value}, expected a finite number (float32's range)")
     return number
 
@@ -99,14 +107,14 @@ def interval(name: str, value: Any) -> tuple[float, float]:
         raise TypeError(f"{name}: got {value!r}, expected a float or a pair (low, high)")
     low, high = map(_bound, pair)
     if not low <= high:
-        raise ValueError(f"{name}: got ({pair[0]}, {pair[1]}), expected low <= high")
+        raise ValueError(f"{name}: got {value}, expected low <= high")
     return low, high
 
 
 def _bound(value: Any) -> float:
     """Infinite beyond float32's range, zero beneath it."""
     bound = float(value)
-    if abs(bound) > _LARGEST:
+    if abs(bound) >= _BEYOND:
         return math.copysign(math.inf, bound)
     return 0.0 if abs(bound) < SMALLEST else bound
 
@@ -121,6 +129,9 @@ def size(shape: Sequence[int]) -> None:
 
 
 def step(value: Any) -> int:
+    """The count that tells the noises of one seed apart."""
+    if value is None:
+        raise ValueError("step: must be given with seed, or every call would repeat the noise")
     return integer("step", value, 0, MAX_STEPS)
 
 
@@ -176,8 +187,10 @@ def per_sample(name: str, value: Any, batch: int, device: torch.device) -> float
         value = torch.tensor(listed, dtype=torch.float64, device=device)
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         value = torch.tensor(value, dtype=torch.float64, device=device)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a float or one per sample")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got a {value.dtype} tensor, expected a floating one")
     if value.device != device and value.numel() == 1 and value.ndim == 0:
         value = value.to(device)
     if value.device != device:

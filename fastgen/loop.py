@@ -50,8 +50,7 @@ class Loop:
         guided: bool = False,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan: got {type(plan).__name__}, expected a fastgen.Plan")
+        checks.instance("plan", plan, Plan)
         checks.tensor("x", x)
         if any("known" in row.reads for row in plan.rows):
             raise ValueError("plan: a row reads 'known', which a Loop does not carry: fastgen.step")
@@ -76,9 +75,9 @@ class Loop:
         self._rows.append(plan.rows[-1])
         copies = 2 if guided else 1
         shape = (copies * self._batch, *x.shape[1:])
-        self._buffers = [x.new_empty(shape), x.new_empty(shape)] if len(plan) > 1 else []
+        self._buffers = [_empty(x, shape), _empty(x, shape)] if len(plan) > 1 else []
         self._times = plan.times(x.device)
-        self._made_input = x.new_empty(shape) if any(map(_makes_input, plan.rows)) else None
+        self._made_input = _empty(x, shape) if any(map(_makes_input, plan.rows)) else None
         self._input = self._input_anew()
 
     def __repr__(self) -> str:
@@ -135,6 +134,8 @@ class Loop:
 
         Raises ValueError or TypeError for a state that does not fit, before anything is changed.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: got {type(state).__name__}, expected what state_dict returned")
         missing = {"plan", "index", "x", "history", "input"} - set(state)
         if missing:
             raise ValueError(f"state: lacks {', '.join(sorted(missing))}")
@@ -264,6 +265,13 @@ class Loop:
         backend = kernel.choose(self._backend, x)
         return kernel.run(x.shape, row, backend=backend, dtypes=(x.dtype,), device=x.device,
                           like=x, x=x)[0]  # fmt: skip
+
+
+def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for samples of x's memory format, perhaps more of them."""
+    strides = torch.empty_like(x).stride() if x.numel() else x.stride()
+    order = sorted(range(x.ndim), key=lambda dim: -strides[dim])
+    return torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
 
 
 def _makes_input(row: Row) -> bool:

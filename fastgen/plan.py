@@ -239,5 +239,12 @@ class Plan:
 
 
 def stack_rows(rows: Sequence[Row], device: torch.device | str | None = None) -> Tensor:
-    """(B, 72) float32: a row per sample, for ``fastgen.step``."""
+    """(B, 72) float32: a row per sample, for ``fastgen.step``.
+
+    Raises TypeError or ValueError for what is no sequence of at least one Row.
+    """
+    if not isinstance(rows, Sequence) or not all(isinstance(row, Row) for row in rows):
+        raise TypeError(f"rows: got {rows}, expected a sequence of Rows")
+    if not rows:
+        raise ValueError("rows: got none, expected one a sample")
     return torch.tensor(np.stack([row.floats for row in rows]), device=device)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import checks
 from .loop import Loop
 from .ops.noise import INITIAL_LATENT, randn
 from .plan import Plan
@@ -42,8 +44,9 @@ def sample(
     seed, sample_ids: of all noise; the seed is needed only where some is drawn.
     cond, uncond: any tree of tensors with the batch first. With guidance_scale g (a float or one
         per sample) the network is called once a step with [uncond, cond], and its outputs become
-        u + g (c - u).
-        An uncond of one row is that of every sample.
+        u + g (c - u); with g = 1.0 it is called with cond alone, which gives the same. A tensor of
+        one row is that of every sample. What is no tensor, or has no dims, goes to the network as
+        it is, and must be the same in both.
     progress: shows a bar. callback: called with the ``Loop`` after every step; it may assign
         to ``loop.x``, and must clone what it keeps of it, since a later step overwrites it.
 
@@ -53,31 +56,35 @@ def sample(
     Returns (B, ...). Gradients are not recorded. Raises TypeError or ValueError for what does not
     fit.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: got {type(plan).__name__}, expected a fastgen.Plan")
+    checks.instance("plan", plan, Plan)
+    if isinstance(shape, Tensor):
+        raise TypeError("shape: got a Tensor; the first sample itself goes in as x=")
     if (shape is None) == (x is None):
         raise ValueError(
             f"shape, x: got {'neither' if x is None else 'both'}, expected one of them"
         )
-    if (guidance_scale is None) != (uncond is None):
-        raise ValueError("guidance_scale, uncond: guidance takes both, got one of them")
+    if guidance_scale is None and uncond is not None:
+        raise ValueError("guidance_scale: got None, but uncond is there to be weighed against")
+    if uncond is None and guidance_scale is not None and not _is_one(guidance_scale):
+        raise ValueError("uncond: got None, but guidance_scale weighs cond against it")
     if x is None:
         if seed is None:
             raise ValueError("seed: got None, but the first sample is drawn from it")
         x = _first_sample(plan, shape, seed, sample_ids, dtype, device)
     elif dtype is not None or device is not None:
         raise ValueError("dtype, device: go with shape; x has its own")
-    guided = guidance_scale is not None
+    reads_uncond = any("u" in row.reads for row in plan.rows)
+    guided = guidance_scale is not None and (reads_uncond or not _is_one(guidance_scale))
     if guided:
         if cond is None:
             raise ValueError("cond: got None, but guidance takes cond and uncond")
-        cond = _both(uncond, cond)
+        cond = _both(uncond, cond, x.shape[0])
     loop = Loop(
         plan,
         x,
         seed=seed,
         sample_ids=sample_ids,
-        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+        guidance_scale=guidance_scale if guided else 1.0,  # type: ignore[arg-type]
         guided=guided,
     )
     for _ in _steps(len(plan), progress):
@@ -99,44 +106,60 @@ def _first_sample(plan, shape, seed, sample_ids, dtype, device) -> Tensor:
     return z.mul_(plan.initial_scale).to(dtype or torch.float32)
 
 
-def _both(uncond: Any, cond: Any) -> Any:
-    """[uncond, cond] along the batch, leaf by leaf; a leaf without a batch is the same in both."""
-    leaves, structure = pytree.tree_flatten(cond)
-    others, other_structure = pytree.tree_flatten(uncond)
-    if structure != other_structure:
-        raise ValueError(
-            f"uncond: got a {type(uncond).__name__} that is not built as cond, "
-            f"a {type(cond).__name__}"
-        )
-    return pytree.tree_unflatten(map(_concatenate, others, leaves), structure)
+def _is_one(guidance_scale: Any) -> bool:
+    return isinstance(guidance_scale, int | float) and guidance_scale == 1
 
 
-def _concatenate(uncond: Any, cond: Any) -> Any:
+def _both(uncond: Any, cond: Any, batch: int) -> Any:
+    """[uncond, cond] along the batch, leaf by leaf."""
+    try:
+        return pytree.tree_map(lambda c, u: _concatenate(u, c, batch), cond, uncond)
+    except _Mismatch as error:
+        raise ValueError(str(error)) from None
+    except ValueError as error:  # of the trees
+        kind = type(uncond).__name__
+        raise ValueError(f"uncond: got a {kind} that is not built as cond: {error}") from None
+
+
+class _Mismatch(Exception):
+    """A leaf of uncond that does not go with cond's."""
+
+
+def _concatenate(uncond: Any, cond: Any, batch: int) -> Any:
     if not isinstance(cond, Tensor) or cond.ndim == 0:
         if not _are_equal(uncond, cond):
-            raise ValueError(
-                f"uncond: got {uncond!r} where cond has {cond!r}; only tensors with the batch "
-                "first may differ"
+            raise _Mismatch(
+                f"uncond: got {uncond!r} where cond has {cond!r}, and these do not lie along the "
+                "batch: make tensors of them, a row a sample"
             )
         return cond
     if not isinstance(uncond, Tensor):
         raise TypeError(f"uncond: got {type(uncond).__name__} where cond has a torch.Tensor")
-    if uncond.ndim == cond.ndim and uncond.shape[0] == 1:
-        uncond = uncond.expand(cond.shape[0], *uncond.shape[1:])
-    if uncond.shape != cond.shape:
-        raise ValueError(
+    halves = []
+    for name, value in (("uncond", uncond), ("cond", cond)):
+        if value.ndim == 0 or value.shape[0] not in (1, batch):
+            raise _Mismatch(
+                f"{name}: got shape {tuple(value.shape)}, expected {batch} rows (the batch) or one"
+            )
+        halves.append(value.expand(batch, *value.shape[1:]))
+    if halves[0].shape != halves[1].shape:
+        raise _Mismatch(
             f"uncond: got shape {tuple(uncond.shape)}, expected cond's {tuple(cond.shape)}, "
             "or one row of it"
         )
-    return torch.cat([uncond, cond])
+    return torch.cat(halves)
 
 
 def _are_equal(a: Any, b: Any) -> bool:
     if a is b:
         return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
     try:
-        return type(a) is type(b) and bool(a == b)
-    except (TypeError, ValueError, RuntimeError):  # arrays have no one answer
+        return bool(a == b)
+    except Exception:  # what cannot be compared is not known to be equal
         return False
 
 

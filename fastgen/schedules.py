@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from . import checks
 
@@ -25,7 +27,7 @@ class NoiseSchedule:
     alpha_bars: np.ndarray
 
     def __post_init__(self) -> None:
-        values = np.array(self.alpha_bars, dtype=np.float64)
+        values = _floats("alpha_bars", self.alpha_bars)
         if values.ndim != 1 or values.size == 0:
             raise ValueError(f"alpha_bars: got shape {values.shape}, expected (N,) with N >= 1")
         if not np.all((values >= 0) & (values <= 1)):  # NaN fails as well
@@ -55,13 +57,16 @@ class NoiseSchedule:
 
     @classmethod
     def from_alpha_bars(cls, alpha_bars: Sequence[float] | np.ndarray) -> NoiseSchedule:
-        """From the signal levels themselves."""
-        return cls(np.asarray(alpha_bars))
+        """From the signal levels themselves, (N,): ``NoiseSchedule(alpha_bars)``."""
+        return cls(alpha_bars)  # type: ignore[arg-type]
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | np.ndarray) -> NoiseSchedule:
-        """From the variances added at each timestep: alpha_bar_t = prod_{i <= t} (1 - beta_i)."""
-        betas = np.asarray(betas, dtype=np.float64)
+        """From the variances added at each timestep: alpha_bar_t = prod_{i <= t} (1 - beta_i).
+
+        betas: (N,) in [0, 1]. Raises TypeError or ValueError for anything else.
+        """
+        betas = _floats("betas", betas)
         if betas.ndim != 1 or not np.all((betas >= 0) & (betas <= 1)):
             raise ValueError("betas: expected a sequence of finite numbers in [0, 1]")
         return cls(np.cumprod(1.0 - betas))
@@ -72,7 +77,8 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Betas evenly spaced: Ho, Jain & Abbeel (2020), section 4."""
         timesteps = checks.integer("timesteps", timesteps, 1)
-        return cls.from_betas(np.linspace(beta_start, beta_end, timesteps))
+        low, high = _betas(beta_start, beta_end)
+        return cls.from_betas(np.linspace(low, high, timesteps))
 
     @classmethod
     def scaled_linear(
@@ -80,7 +86,8 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Square roots of the betas evenly spaced: Rombach et al. (2022), latent diffusion."""
         timesteps = checks.integer("timesteps", timesteps, 1)
-        return cls.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, timesteps) ** 2)
+        low, high = _betas(beta_start, beta_end)
+        return cls.from_betas(np.linspace(low**0.5, high**0.5, timesteps) ** 2)
 
     @classmethod
     def cosine(
@@ -88,6 +95,7 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """alpha_bar(t) = cos^2((t + s) / (1 + s) pi / 2): Nichol & Dhariwal (2021), eq. 17."""
         timesteps = checks.integer("timesteps", timesteps, 1)
+        offset, max_beta = checks.number("offset", offset), checks.number("max_beta", max_beta)
         t = np.arange(timesteps + 1) / timesteps
         level = np.cos((t + offset) / (1.0 + offset) * np.pi / 2) ** 2
         return cls.from_betas(np.minimum(1.0 - level[1:] / level[:-1], max_beta))
@@ -102,8 +110,10 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Betas along a sigmoid over [-limit, limit]: Xu et al., GeoDiff (2022), appendix."""
         timesteps = checks.integer("timesteps", timesteps, 1)
+        low, high = _betas(beta_start, beta_end)
+        limit = checks.number("limit", limit)
         rise = 1.0 / (1.0 + np.exp(-np.linspace(-limit, limit, timesteps)))
-        return cls.from_betas(beta_start + (beta_end - beta_start) * rise)
+        return cls.from_betas(low + (high - low) * rise)
 
     def rescaled_to_zero_terminal_snr(self) -> NoiseSchedule:
         """The last level moved to zero, the first kept: Lin et al. (2024), algorithm 1."""
@@ -133,7 +143,30 @@ class NoiseSchedule:
         return chosen.astype(np.int64)
 
     def pairs(self, steps: int, spacing: str = "trailing") -> list[tuple[int, float, float]]:
-        """(timestep t, alpha_bar at t, alpha_bar at the next timestep): one a step, ending at 1."""
+        """(timestep t, alpha_bar at t, alpha_bar at the next timestep): one a step, ending at 1.
+
+        Arguments and what is raised as for ``timesteps``.
+        """
         chosen = self.timesteps(steps, spacing)
         levels = [*self.alpha_bars[chosen].tolist(), 1.0]
         return list(zip(chosen.tolist(), levels[:-1], levels[1:], strict=True))
+
+
+def _floats(name: str, values: Any) -> np.ndarray:
+    """A copy as float64."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: got {type(values).__name__}, expected a sequence of floats"
+        ) from None
+
+
+def _betas(start: Any, end: Any) -> tuple[float, float]:
+    low, high = checks.number("beta_start", start), checks.number("beta_end", end)
+    for name, beta in (("beta_start", low), ("beta_end", high)):
+        if not 0.0 <= beta <= 1.0:
+            raise ValueError(f"{name}: got {beta}, expected a number in [0, 1]")
+    return low, high

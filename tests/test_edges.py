@@ -270,6 +270,10 @@ def test_compiled_calls_take_new_levels_and_steps():
     )
     for i, (_, a, b) in enumerate(levels):
         assert_same_bits(step(X, C, a, b, i), fastgen.ddpm_step(X, C, a, b, seed=0, step=i))
+    clipped = torch.compile(lambda x, c: fastgen.ddim_step(x, x, 0.1, 0.2, clip=c),
+                            backend="aot_eager")  # fmt: skip
+    for bound in (1, 2, 3, 3.5):
+        assert_same_bits(clipped(X, bound), fastgen.ddim_step(X, X, 0.1, 0.2, clip=bound))
     train = torch.compile(
         lambda m, v, i: (
             fastgen.reparameterize(m, v, seed=0, step=i),
@@ -430,6 +434,11 @@ def test_a_dim_of_one_may_have_any_stride():
     [
         (lambda: fastgen.ddim_step(X, C, 0.5, 0.6, clip="12"), "clip: got '12'"),
         (lambda: fastgen.ddim_step(X, C, 0.5, 0.6, clip=True), "clip: got True"),
+        (lambda: fastgen.ddim_step(X, C, 0.5, 0.6, clip=-1.0), "clip: got -1.0"),
+        (lambda: fastgen.ddim_step(X, C, 0.5, 10**400), "alpha_bar_prev: got 1000"),
+        (lambda: fastgen.ddim_step(X, C, torch.tensor(0.5), 0.6), r"a float \(its .item\(\)\)"),
+        (lambda: fastgen.philox4x32(0, 0), "counter: got int"),
+        (lambda: fastgen.randn((2, 3), seed=0, sample_ids=7), r"sample_ids: got int.*as in \[7\]"),
         (lambda: fastgen.ddim_step(X, C, 0.5, 0.6, prediction=["v"]), r"prediction: got \['v'\]"),
         (lambda: fastgen.ddim_step(X, C, np.array(0.5), 0.6), "alpha_bar: got ndarray"),
         (lambda: fastgen.ddpm_step(X, C, 0.5, 0.6, variance=np.ones(3)), "variance: got array"),
@@ -447,5 +456,6 @@ def test_bounds_beyond_float32_are_no_bounds(backend):
     expected = fastgen.reparameterize(X, C, seed=0, step=0)
     wide = {"clamp": (-1e300, 1e300), "backend": backend}
     assert_same_bits(fastgen.reparameterize(X, C, seed=0, step=0, **wide), expected)
+    assert Row((Output({"x": 1.0}),), clip=3.4028235e38).floats[3] == np.float32(3.4028235e38)
     clipped = fastgen.ddim_step(X, C, 0.5, 0.6, clip=1e300, backend=backend)
     assert clipped.isfinite().all()

@@ -118,9 +118,10 @@ def test_a_callback_may_change_the_sample_in_place():
         (lambda: sample(network, DDIM, SHAPE), ValueError, "seed"),
         (lambda: sample(network, NOISY, x=start()), ValueError, "seed"),
         (lambda: sample(network, DDIM, SHAPE, seed=0, guidance_scale=2.0, cond=OTHER),
-         ValueError, "guidance_scale, uncond"),
+         ValueError, "uncond: got None"),
         (lambda: sample(network, DDIM, SHAPE, seed=0, cond=OTHER, uncond=OTHER),
-         ValueError, "guidance_scale, uncond"),
+         ValueError, "guidance_scale: got None"),
+        (lambda: sample(network, DDIM, start()), TypeError, "shape: got a Tensor.*x="),
         (lambda: sample(network, DDIM, SHAPE, seed=0, guidance_scale=2.0, uncond=OTHER),
          ValueError, "cond"),
         (lambda: sample(network, DDIM, x=start(), dtype=torch.float32), ValueError, "dtype"),
@@ -148,6 +149,7 @@ def test_what_does_not_fit_is_refused_by_name(call, error, message):
         (3, 3.0, ValueError),
         (["a cat"], ["a dog"], ValueError),
         (np.ones(2), np.zeros(2), ValueError),
+        (torch.zeros(2, 3), torch.zeros(2, 4), ValueError),
         (torch.tensor(1.0), torch.tensor(2.0), ValueError),
     ],
 )
@@ -168,3 +170,74 @@ def test_conditions_without_a_batch_are_those_of_both():
     sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=[OTHER + 1, *shared],
            uncond=[OTHER, *shared])  # fmt: skip
     assert seen == [shared] * 5
+
+
+@pytest.mark.parametrize("rows", [(4, 4), (2, 4), (4, 2)])
+def test_a_condition_has_the_batchs_rows_or_one(rows):
+    cond, uncond = (torch.zeros(n, 2) for n in rows)
+    with pytest.raises(ValueError, match=r"cond: got shape \(4, 2\), expected 2 rows"):
+        sample(network, DDIM, (2, 3), seed=0, guidance_scale=2.0, cond=cond, uncond=uncond)
+
+
+def test_one_row_of_a_condition_is_every_samples():
+    def model(x, t, cond):
+        assert cond.shape == (6,)
+        return network(x, t, cond)
+
+    one, many = torch.tensor([0.5]), torch.full((3,), 0.5)
+    results = [
+        sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=cond, uncond=uncond)
+        for cond, uncond in ((one, 0 * one), (many, 0 * many), (one, 0 * many))
+    ]
+    assert_same_bits(results[1:], results[:1] * 2)
+
+
+def test_keys_may_stand_in_any_order():
+    def model(x, t, cond):
+        return network(x, t, cond["a"]) + network(x, t, cond["b"])
+
+    cond, uncond = {"a": OTHER + 1, "b": OTHER + 2}, {"b": OTHER, "a": OTHER - 1}
+    results = [
+        sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=cond, uncond=u)
+        for u in (uncond, {"a": uncond["a"], "b": uncond["b"]})
+    ]
+    assert_same_bits(*results)
+    with pytest.raises(ValueError, match=r"uncond: got a dict .*'c'"):
+        sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=cond,
+               uncond={"a": OTHER, "c": OTHER})  # fmt: skip
+
+
+def test_equal_arrays_are_shared():
+    shared = {"size": np.array([2, 7]), "class": OTHER}
+    other = {"size": np.array([2, 7]), "class": OTHER + 1}
+    model = lambda x, t, cond: network(x, t, cond["class"])  # noqa: E731
+    sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=other, uncond=shared)
+
+
+def test_guidance_of_one_calls_the_network_with_cond_alone():
+    rows = []
+
+    def model(x, t, cond):
+        rows.append(len(x))
+        return network(x, t, cond)
+
+    plain = sample(model, DDIM, SHAPE, seed=3, cond=OTHER + 1)
+    for options in ({"guidance_scale": 1.0}, {"guidance_scale": 1, "uncond": OTHER}):
+        assert_same_bits(sample(model, DDIM, SHAPE, seed=3, cond=OTHER + 1, **options), plain)
+    assert set(rows) == {3}
+
+
+def test_channels_last_is_kept():
+    seen = []
+
+    def model(x, t, cond):
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return network(x, t, cond)
+
+    x = fastgen.randn((3, 4, 5, 6), seed=1).to(memory_format=torch.channels_last)
+    guided = {"guidance_scale": 2.0, "cond": OTHER + 1, "uncond": OTHER}
+    for options in ({}, guided):
+        result = sample(model, DDIM, x=x, **options)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert_same_bits(result, sample(network, DDIM, x=x.contiguous(), **options))
+    assert all(seen)

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 from fastgen import NoiseSchedule
 
@@ -214,8 +215,14 @@ def test_pairs_step_from_level_to_level_and_end_without_noise():
         (lambda: NoiseSchedule.scaled_linear(-1), ValueError, "timesteps"),
         (lambda: NoiseSchedule.cosine(2.5), TypeError, "timesteps"),
         (lambda: NoiseSchedule.sigmoid(None), TypeError, "timesteps"),
-        (lambda: NoiseSchedule.linear(10, 0.1, 1.5), ValueError, "betas"),
-        (lambda: NoiseSchedule.linear(10, float("nan")), ValueError, "betas"),
+        (lambda: NoiseSchedule.linear(10, 0.1, 1.5), ValueError, "beta_end"),
+        (lambda: NoiseSchedule.linear(10, float("nan")), ValueError, "beta_start"),
+        (lambda: NoiseSchedule.linear(10, "a"), TypeError, "beta_start"),
+        (lambda: NoiseSchedule.scaled_linear(10, -0.1), ValueError, "beta_start"),
+        (lambda: NoiseSchedule.sigmoid(10, limit=None), TypeError, "limit"),
+        (lambda: NoiseSchedule.cosine(10, "a"), TypeError, "offset"),
+        (lambda: NoiseSchedule.from_betas(["a"]), TypeError, "betas: got list"),
+        (lambda: NoiseSchedule([[0.5], 1]), TypeError, "alpha_bars: got list"),
         (lambda: NoiseSchedule.from_betas([0.1, -0.1]), ValueError, "betas"),
         (lambda: NoiseSchedule.from_betas([0.1, float("nan")]), ValueError, "betas"),
         (lambda: NoiseSchedule.from_betas([[0.1, 0.2]]), ValueError, "betas"),
@@ -237,3 +244,8 @@ def test_what_does_not_fit_is_refused_by_name(call, error, argument):
 def test_a_schedule_is_shown_in_a_line():
     text = repr(NoiseSchedule.linear())
     assert text == "NoiseSchedule(1000 timesteps, alpha_bar from 0.9999 to 4.03583e-05)"
+
+
+def test_a_schedule_is_made_from_a_tensor_as_well():
+    betas = torch.linspace(1e-4, 0.02, 10, dtype=torch.float64, requires_grad=True)
+    assert NoiseSchedule.from_betas(betas) == NoiseSchedule.linear(10)

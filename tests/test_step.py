@@ -467,6 +467,15 @@ def test_nothing_is_written_on_failure():
         ({"dtypes": torch.float32}, "dtypes: got dtype"),
         ({"dtypes": [torch.float64], "backend": "cpu"}, "backend: 'cpu' cannot serve"),
         ({"outputs": 2}, "outputs: got 2"),
+        ({"step": None}, "step: must be given with seed"),
+        ({"step": "1"}, "step: got str"),
+        ({"history": None}, "history: got NoneType"),
+        ({"noise": 2.0, "seed": None}, "noise: got float"),
+        ({"out": 3}, "out: got int"),
+        (
+            {"guidance_scale": torch.tensor([1, 2]), "uncond": X},
+            "guidance_scale: got a torch.int64",
+        ),
         ({"history": [X] * 8}, "history: got 8"),
         ({"noise": [X] * 5}, "noise: got 5"),
         ({"row": torch.zeros(3, 72)}, "row: got shape"),
@@ -477,7 +486,8 @@ def test_nothing_is_written_on_failure():
 )
 def test_step_names_what_is_wrong(options, message):
     row = Row((Output({"x": 1.0, "e": 1.0, "known": 1.0, "h0": 1.0}, (1.0,)),))
-    given = {"row": row, "output": X, "known": X, "history": [X], "seed": 0} | options
+    given = {"row": row, "output": X, "known": X, "history": [X], "seed": 0, "step": 1}
+    given |= options
     row, output = given.pop("row"), given.pop("output")
     with pytest.raises((ValueError, TypeError), match=message):
         fastgen.step(row, X, output, **given)

@@ -47,8 +47,10 @@ def is_batched(*tensors: Tensor | None) -> bool:
 
 
 def constant(value):
-    """A float that a row is made from: in a graph of torch.compile one value, not a symbol."""
-    return float.fromhex(value.hex()) if type(value) is float and _is_compiling() else value
+    """A number that a row is made from: in a graph of torch.compile one value, not a symbol."""
+    if _is_compiling() and type(value) in (int, float):
+        return float.fromhex(float(value).hex())
+    return value
 
 
 def is_plain(*tensors: Tensor | None, recording: bool = False) -> bool:

@@ -27,6 +27,9 @@ def philox4x32(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, in
     Philox4x32-10 of Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3"
     (SC 2011). Raises ValueError for a wrong count of words or a word outside [0, 2^32).
     """
+    for name, words in (("counter", counter), ("key", key)):
+        if not isinstance(words, Sequence | np.ndarray | Tensor):
+            raise TypeError(f"{name}: got {type(words).__name__}, expected a sequence of words")
     if len(counter) != 4 or len(key) != 2:
         raise ValueError(
             f"counter, key: got {len(counter)} and {len(key)} words, expected four and two"

@@ -39,7 +39,7 @@ def reparameterize(
     seed, sample_ids, step: where eps comes from (stream 3 of the noise contract); ``step`` must be
         given with ``seed``, and differ from call to call in a training loop. Or noise: eps itself.
     return_kl: also the KL divergence of N(mean, exp(logvar)) from N(0, 1), summed over each sample,
-        in nats: float32 (B,), from the same pass (appendix B).
+        in nats: (B,), float32 but for float64 inputs, from the same pass (appendix B).
     clamp: (low, high) for logvar; its gradient is zero where it was clamped.
     out: where to write z, like mean; it may be an input. backend: as for ``ddpm_step``.
 
@@ -121,7 +121,8 @@ def gaussian_kl(
     clamp: tuple[float, float] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over each sample: float32 (B,).
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over each sample: (B,), float32 (float64
+    for float64 inputs).
 
     mean, logvar: (B, ...). Kingma & Welling (2014), appendix B. The same bits as
     ``reparameterize(..., return_kl=True)``.
@@ -146,7 +147,7 @@ def gaussian_kl(
 def gaussian_kl_monte_carlo(mean: Tensor, logvar: Tensor, *, seed: int, draws: int = 64) -> Tensor:
     """The same divergence estimated from samples: the mean over ``draws`` of log q(z) - log p(z).
 
-    Kingma & Welling (2014), eq. 6. float32 (B,), unbiased; for checking ``gaussian_kl``.
+    Kingma & Welling (2014), eq. 6. (B,), unbiased; for checking ``gaussian_kl``.
     """
     draws = checks.integer("draws", draws, 1)
     checks.tensor("mean", mean)
@@ -169,14 +170,9 @@ def noise_source(seed, noise, sample_ids, step, like: Tensor):
     if noise is not None:
         checks.like("noise", noise, "the input", like)
         return None, 0, 0
-    if step is None:
-        raise ValueError("step: must be given with seed, or every call would repeat the noise")
     batch, device = like.shape[0], like.device
-    return (
-        checks.seed(seed, batch, device),
-        checks.sample_ids(sample_ids, batch, device),
-        checks.step(step),
-    )
+    step = checks.step(step)
+    return checks.seed(seed, batch, device), checks.sample_ids(sample_ids, batch, device), step
 
 
 def _launch(name, mean, logvar, noise, z, return_kl, clamp, seed, ids, step) -> Tensor | None:

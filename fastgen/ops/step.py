@@ -28,7 +28,7 @@ def step(
     output_scale: Tensor | None = None,
     seed: int | Sequence[int] | Tensor | None = None,
     noise: Tensor | Sequence[Tensor] | None = None,
-    step: int = 0,
+    step: int | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
     row_index: Tensor | None = None,
     outputs: int | None = None,
@@ -48,8 +48,8 @@ def step(
     x: the sample (B, ...). output, uncond: the network's outputs c and u, known: an image to mix
         in, logvar: a log-variance for z_0, all of x's shape, any floating dtype. history: h_0 ...
     guidance_scale: g, a float or one per sample; g = 1 gives c exactly. output_scale: (B,) float32.
-    seed, sample_ids, step: where z_0, z_1 ... come from (streams 2, 8, 9, 10); or noise: the
-        normals themselves. One of them is needed where the row draws noise.
+    seed, sample_ids, step: where z_0, z_1 ... come from (streams 2, 8, 9, 10); with ``seed`` goes
+        ``step``, or a row_index. Or noise: the normals themselves. Needed where the row draws any.
     outputs, dtypes: how many results (a Row knows) and of which dtypes; by default y_0 has x's and
         the others, as history, float32.
     out: a tensor a result; each may be one of the inputs. backend: as for ``ddpm_step``.
@@ -60,6 +60,8 @@ def step(
     shape, device = x.shape, x.device
     batch = shape[0]
     given = [("output", output), ("uncond", uncond), ("known", known), ("logvar", logvar)]
+    if not isinstance(history, Sequence):
+        raise TypeError(f"history: got {type(history).__name__}, expected a sequence of tensors")
     given += [(f"history[{k}]", h) for k, h in enumerate(history)]
     for name, tensor in given:
         if tensor is not None:
@@ -68,6 +70,8 @@ def step(
         raise ValueError("uncond: got a tensor without output")
     if len(history) > HISTORY:
         raise ValueError(f"history: got {len(history)} tensors, expected at most {HISTORY}")
+    if noise is not None and not isinstance(noise, Tensor | Sequence):
+        raise TypeError(f"noise: got {type(noise).__name__}, expected a tensor or a sequence")
     normals = (noise,) if isinstance(noise, Tensor) else tuple(noise or ())
     for m, tensor in enumerate(normals):
         checks.like(f"noise[{m}]", tensor, "x", x)
@@ -89,6 +93,7 @@ def step(
         raise ValueError(f"noise: got {len(normals)} tensors, expected at most {MAX_NOISES}")
     key: kernel.Seed = None
     ids: int | Tensor = 0
+    step = 0 if step is None and (row_index is not None or seed is None) else checks.step(step)
     if seed is not None:
         checks.size(shape)
         key = checks.seed(seed, batch, device)
@@ -111,6 +116,8 @@ def step(
         _table_needs(used, seed, normals, given)
     outs = None
     if out is not None:
+        if not isinstance(out, Tensor | Sequence):
+            raise TypeError(f"out: got {type(out).__name__}, expected a tensor or a sequence")
         outs = [out] if isinstance(out, Tensor) else list(out)
         if len(outs) != count:
             raise ValueError(f"out: got {len(outs)} tensors, expected {count}, one an output")
@@ -123,7 +130,7 @@ def step(
         shape, row, backend=name, dtypes=dtypes, device=device, like=x, x=x, cond=output,
         uncond=uncond, known=known, logvar=logvar, history=tuple(history),
         noise=normals, row_index=row_index, guidance=guidance, output_scale=output_scale, seed=key,
-        sample_ids=ids, step=checks.step(step), out=outs,
+        sample_ids=ids, step=step, out=outs,
     )  # fmt: skip
     return tuple(results) if count > 1 else results[0]
 
@@ -255,6 +262,7 @@ def ddim_step(
 ) -> Tensor:
     """x_t to x_s by DDIM: Song, Meng & Ermon (2021), eq. 12.
 
+    alpha_bar_prev may also lie below alpha_bar, with eta = 0: from data towards noise (inversion).
     eta: 0 is deterministic and draws no noise; 1 has DDPM's variance (eq. 16).
     use_clipped_model_output: epsilon is derived again from the clipped estimate of x_0.
     The other arguments, the result and what is raised are ``ddpm_step``'s.
@@ -312,14 +320,10 @@ def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count,
         elif seed is None:
             raise ValueError("seed, noise: this step draws noise, got neither")
         else:
-            if step_count is None:
-                raise ValueError(
-                    "step: must be given with seed, or every call would repeat the noise"
-                )
+            step_count = checks.step(step_count)
             checks.size(shape)
             key = checks.seed(seed, shape[0], device)
             ids = checks.sample_ids(sample_ids, shape[0], device)
-            step_count = checks.step(step_count)
     outs = None
     if out is not None:
         scale = guidance if isinstance(guidance, Tensor) else None

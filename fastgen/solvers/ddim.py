@@ -74,6 +74,7 @@ def ddim(
     eta: 0 is deterministic, 1 has DDPM's variance. use_clipped_model_output: epsilon is derived
     again from the clipped estimate of x_0. The rest as for ``ddpm``.
     """
+    checks.instance("schedule", schedule, NoiseSchedule)
     rows = [
         ddim_row(a_t, a_s, prediction, clip, eta, use_clipped_model_output, float(t))
         for t, a_t, a_s in schedule.pairs(steps, spacing)

@@ -69,6 +69,7 @@ def ddpm(
     Raises ValueError or TypeError for what does not fit.
     """
     checks.one_of("variance", variance, VARIANCES[:2])
+    checks.instance("schedule", schedule, NoiseSchedule)
     rows = [
         ddpm_row(a_t, a_s, prediction, clip, variance, float(t))
         for t, a_t, a_s in schedule.pairs(steps, spacing)

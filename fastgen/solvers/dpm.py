@@ -31,6 +31,7 @@ def dpmpp_2m(
     The first step, and the last where it goes to noise level zero, are of first order. Arguments as
     for ``ddpm``; ValueError too where the schedule gives two steps the same noise level.
     """
+    checks.instance("schedule", schedule, NoiseSchedule)
     bounds = None if clip is None else checks.interval("clip", clip)
     rows = []
     step_before = math.nan  # h_{i-1}
