@@ -45,6 +45,7 @@ __all__ = [
     "solvers",
     "stack_rows",
     "step",
+    "testing",
     "zoo",
 ]
 
@@ -54,6 +55,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str):
-    if name == "zoo":  # needs safetensors, which the samplers do not
-        return importlib.import_module("fastgen.zoo")
+    if name in ("testing", "zoo"):  # not needed for sampling
+        return importlib.import_module(f"fastgen.{name}")
     raise AttributeError(f"module 'fastgen' has no attribute {name!r}")

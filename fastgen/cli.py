@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -47,11 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("demo.png"), help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo.set_defaults(run=_demo)
+    _add_verify(commands)
     options = parser.parse_args(arguments)
     try:
         if hasattr(options, "out"):
             _check_picture(options.out)
-        options.run(options)
+        status = options.run(options) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(130, "fastgen: interrupted\n")
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, AssertionError) as error:
         parser.exit(2, f"fastgen: {str(error).splitlines()[0]}\n")
-    return 0
+    return status
 
 
 def _add_sample(commands: Any) -> None:
@@ -257,6 +259,65 @@ def _demo(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     print(f"fastgen {fastgen.__version__}")
     print(fastgen.info())
+
+
+def _add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="check every op and backend on this machine against eager PyTorch and float64",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    verify.add_argument("ops", nargs="*", metavar="op", help="the ops to check; all if none")
+    verify.add_argument("--backend", action="append", help="only this one; may be repeated")
+    verify.add_argument("--cases", type=int, default=50, help="of each op, backend and dtype")
+    verify.add_argument("--seed", type=int, default=0, help="of the random cases")
+    verify.add_argument("--save", type=Path, help="JSON to write the verdicts to")
+    verify.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm.auto import tqdm
+
+    try:
+        from fastgen.verify import verify
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"verify: needs {error.name} (pip install fastgen-samplers[cli])"
+        ) from None
+
+    if options.cases < 1:
+        raise ValueError(f"--cases: got {options.cases}, expected at least 1")
+    if options.save is not None:
+        options.save.touch()  # refuses now, before the work
+    found = verify(options.ops, options.backend or (), cases=options.cases, seed=options.seed)
+    verdicts = list(tqdm(found, desc="verifying", unit="verdict", leave=False))
+    table = Table(title=f"fastgen {fastgen.__version__}, torch {torch.__version__}")
+    for column in (
+        "op",
+        "backend",
+        "dtype",
+        "cases",
+        "same bits",
+        "worst ulp",
+        "error / PyTorch's",
+    ):
+        table.add_column(column, justify="left" if column in ("op", "backend") else "right")
+    for v in verdicts:
+        numbers = (str(v.cases), "yes" if v.bitwise else "no", str(v.ulps), f"{v.ratio:.2f}")
+        table.add_row(v.op, v.backend, v.dtype, *numbers, style="red" if v.what else None)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    breaches = [v for v in verdicts if v.what]
+    for v in breaches:
+        print(f"{v.op} on {v.backend}, {v.dtype}: {v.what}\n    {v.line}")
+    if options.save is not None:
+        facts = {"fastgen": fastgen.__version__, "torch": torch.__version__, "seed": options.seed}
+        options.save.write_text(
+            json.dumps({**facts, "verdicts": [v.row() for v in verdicts]}, indent=1) + "\n"
+        )
+    print("every promise kept" if not breaches else f"{len(breaches)} broken, see above")
+    return 1 if breaches else 0
 
 
 def _models(options: argparse.Namespace) -> None:

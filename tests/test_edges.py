@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 import fastgen
 from fastgen import Output, Plan, Row, backends, cli
-from shared import assert_same_bits
+from fastgen.testing import assert_bitwise
 
 X, C = torch.randn(2, 2, 3)
 
@@ -32,7 +32,7 @@ def test_the_steps_of_a_table_do_not_wrap():
 @pytest.mark.parametrize("rank", [9, 65, 1700])
 def test_any_rank_is_served(rank):
     shape = (2, *[1] * (rank - 2), 3)
-    assert_same_bits(fastgen.randn(shape, seed=0).view(2, 3), fastgen.randn((2, 3), seed=0))
+    assert_bitwise(fastgen.randn(shape, seed=0).view(2, 3), fastgen.randn((2, 3), seed=0))
 
 
 @pytest.mark.parametrize("shape", [(0, *[1] * 8), (0, 2, *[1] * 7), (2, 0, *[1] * 7)])
@@ -49,9 +49,9 @@ def test_nothing_has_any_rank(shape):
 def test_layouts_beyond_the_kernels_dims_are_flattened():
     scattered = torch.randn((4,) * 10)[(slice(0, 4, 2),) * 10]
     dense = scattered.contiguous()
-    assert_same_bits(fastgen.combine([scattered], [0.5]), fastgen.combine([dense], [0.5]))
+    assert_bitwise(fastgen.combine([scattered], [0.5]), fastgen.combine([dense], [0.5]))
     out = torch.empty_like(dense)
-    assert_same_bits(fastgen.combine([scattered], [0.5], out=out), 0.5 * dense)
+    assert_bitwise(fastgen.combine([scattered], [0.5], out=out), 0.5 * dense)
     for kind in (scattered, dense):
         z, kl = fastgen.reparameterize(kind, kind, seed=1, step=0, return_kl=True)
         assert z.shape == dense.shape
@@ -87,7 +87,7 @@ def test_forward_mode_and_transforms_take_the_reference():
             fastgen.combine([dual], [2.0], backend="cpu")
     step = lambda x: fastgen.ddim_step(x, C[:1], 0.5, 0.6)  # noqa: E731
     rows = torch.func.vmap(lambda x: step(x[None])[0])(X)
-    assert_same_bits(rows, torch.cat([step(X[:1]), step(X[1:])]))
+    assert_bitwise(rows, torch.cat([step(X[:1]), step(X[1:])]))
     gradient = torch.func.grad(lambda x: fastgen.ddim_step(x, C, 0.5, 0.6).sum())(X)
     assert gradient.shape == X.shape
 
@@ -122,8 +122,8 @@ def test_a_step_does_not_write_over_the_numbers_it_reads():
 def test_a_guidance_tensor_may_have_any_floating_dtype(dtype):
     scales = torch.tensor([2.0, 3.5], dtype=dtype)
     expected = fastgen.cfg_combine(X, C, [2.0, 3.5])
-    assert_same_bits(fastgen.cfg_combine(X, C, scales), expected)
-    assert_same_bits(fastgen.cfg_combine(X, C, scales, rescale=0.5),
+    assert_bitwise(fastgen.cfg_combine(X, C, scales), expected)
+    assert_bitwise(fastgen.cfg_combine(X, C, scales, rescale=0.5),
                      fastgen.cfg_combine(X, C, [2.0, 3.5], rescale=0.5))  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_rows_in_a_tensor_are_held_to_what_they_read(output, message):
 def test_a_list_of_levels_is_as_exact_as_a_number():
     zero, noise = torch.zeros(2, 1), torch.ones(2, 1)
     one = fastgen.add_noise(zero, 0.999999, noise=noise)
-    assert_same_bits(fastgen.add_noise(zero, [0.999999] * 2, noise=noise), one)
+    assert_bitwise(fastgen.add_noise(zero, [0.999999] * 2, noise=noise), one)
     with pytest.raises(ValueError, match=r"alpha_bar: got 2\.0"):
         fastgen.add_noise(zero, [2.0, 0.5], noise=noise)
 
@@ -167,7 +167,7 @@ def test_a_traced_call_is_not_frozen():
     traced = torch.jit.trace(
         lambda a, b: fastgen.ddim_step(a, b, 0.5, 0.6), (X, C), check_trace=False
     )
-    assert_same_bits(traced(X + 1, C), fastgen.ddim_step(X + 1, C, 0.5, 0.6))
+    assert_bitwise(traced(X + 1, C), fastgen.ddim_step(X + 1, C, 0.5, 0.6))
 
 
 def test_compiled_calls_with_numbers_as_arguments():
@@ -186,7 +186,7 @@ def test_compiled_calls_with_numbers_as_arguments():
             fastgen.randn((2, 3), seed=s),
             fastgen.add_noise(X, 0.3, seed=s, step=1),
         )
-        assert_same_bits(compiled(X, C, g, s), expected)
+        assert_bitwise(compiled(X, C, g, s), expected)
 
 
 @pytest.mark.parametrize(
@@ -269,11 +269,11 @@ def test_compiled_calls_take_new_levels_and_steps():
         lambda x, c, a, b, i: fastgen.ddpm_step(x, c, a, b, seed=0, step=i), backend="aot_eager"
     )
     for i, (_, a, b) in enumerate(levels):
-        assert_same_bits(step(X, C, a, b, i), fastgen.ddpm_step(X, C, a, b, seed=0, step=i))
+        assert_bitwise(step(X, C, a, b, i), fastgen.ddpm_step(X, C, a, b, seed=0, step=i))
     clipped = torch.compile(lambda x, c: fastgen.ddim_step(x, x, 0.1, 0.2, clip=c),
                             backend="aot_eager")  # fmt: skip
     for bound in (1, 2, 3, 3.5):
-        assert_same_bits(clipped(X, bound), fastgen.ddim_step(X, X, 0.1, 0.2, clip=bound))
+        assert_bitwise(clipped(X, bound), fastgen.ddim_step(X, X, 0.1, 0.2, clip=bound))
     train = torch.compile(
         lambda m, v, i: (
             fastgen.reparameterize(m, v, seed=0, step=i),
@@ -287,7 +287,7 @@ def test_compiled_calls_take_new_levels_and_steps():
             fastgen.reparameterize(X, C, seed=0, step=i),
             fastgen.add_noise(X, 0.3, seed=1, step=i),
         )
-        assert_same_bits(train(X, C, i), expected)
+        assert_bitwise(train(X, C, i), expected)
 
 
 def test_a_compiled_add_noise_has_a_gradient():
@@ -328,7 +328,7 @@ def test_a_check_does_not_depend_on_earlier_calls():
     for slope, zero in ((0.0, -0.0), (-0.0, 0.0)):
         y = fastgen.conv_transpose1d(-torch.ones(1, 1, 1), torch.ones(1, 1, 1),
                                      activation="leaky_relu", negative_slope=slope)  # fmt: skip
-        assert_same_bits(y, torch.full((1, 1, 1), zero))
+        assert_bitwise(y, torch.full((1, 1, 1), zero))
 
 
 @pytest.mark.parametrize("stride", [1 << 31, 1 << 40])
@@ -345,8 +345,8 @@ def test_a_backend_is_named_by_a_string():
 def test_the_divergence_of_the_straight_path_is_that_of_the_others():
     mean, logvar = torch.randn(2, 3, 5, 700)
     z, kl = fastgen.reparameterize(mean, logvar, seed=4, step=2, return_kl=True)
-    assert_same_bits(kl, fastgen.gaussian_kl(mean, logvar, backend="reference"))
-    assert_same_bits(z, fastgen.reparameterize(mean, logvar, seed=4, step=2, backend="reference"))
+    assert_bitwise(kl, fastgen.gaussian_kl(mean, logvar, backend="reference"))
+    assert_bitwise(z, fastgen.reparameterize(mean, logvar, seed=4, step=2, backend="reference"))
     assert fastgen.reparameterize(mean[:0], logvar[:0], seed=4, step=2, return_kl=True)[
         1
     ].shape == (0,)
@@ -355,7 +355,7 @@ def test_the_divergence_of_the_straight_path_is_that_of_the_others():
 def test_large_new_outputs_have_the_bits_of_small_ones():
     x, c = torch.randn(2, 4, 3, 512, 513)  # beyond the size of huge pages, at odd offsets
     whole = fastgen.ddpm_step(x, c, 0.5, 0.6, seed=0, step=1)
-    assert_same_bits(whole[:1], fastgen.ddpm_step(x[:1], c[:1], 0.5, 0.6, seed=0, step=1))
+    assert_bitwise(whole[:1], fastgen.ddpm_step(x[:1], c[:1], 0.5, 0.6, seed=0, step=1))
 
 
 def test_rows_do_not_depend_on_whether_denormals_are_flushed():
@@ -380,7 +380,7 @@ def test_an_inference_tensor_is_written_under_inference_mode_alone():
     with torch.inference_mode():
         out = torch.zeros(2, 3)
         fastgen.ddim_step(X, C, 0.5, 0.6, out=out)
-    assert_same_bits(out, fastgen.ddim_step(X, C, 0.5, 0.6))
+    assert_bitwise(out, fastgen.ddim_step(X, C, 0.5, 0.6))
     for call in (
         lambda: fastgen.ddim_step(X, C, 0.5, 0.6, out=out),
         lambda: fastgen.reparameterize(X, C, seed=0, step=0, out=out),
@@ -409,7 +409,7 @@ def test_numbers_in_tensors_with_the_negative_bit_are_read_right():
         lambda seed: fastgen.reparameterize(x, x, seed=seed, step=0),
         lambda seed: fastgen.reparameterize(x, x, seed=1, sample_ids=seed.expand(2), step=0),
     ):
-        assert_same_bits(call(two), call(torch.tensor([2])))
+        assert_bitwise(call(two), call(torch.tensor([2])))
 
 
 def test_the_key_of_a_reparameterization_may_be_fake():
@@ -455,7 +455,7 @@ def test_odd_arguments_are_named(call, message):
 def test_bounds_beyond_float32_are_no_bounds(backend):
     expected = fastgen.reparameterize(X, C, seed=0, step=0)
     wide = {"clamp": (-1e300, 1e300), "backend": backend}
-    assert_same_bits(fastgen.reparameterize(X, C, seed=0, step=0, **wide), expected)
+    assert_bitwise(fastgen.reparameterize(X, C, seed=0, step=0, **wide), expected)
     assert Row((Output({"x": 1.0}),), clip=3.4028235e38).floats[3] == np.float32(3.4028235e38)
     clipped = fastgen.ddim_step(X, C, 0.5, 0.6, clip=1e300, backend=backend)
     assert clipped.isfinite().all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastgen
-from shared import assert_same_bits
+from fastgen.testing import assert_bitwise
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -24,7 +24,7 @@ def test_it_is_the_papers_formula(backend):
 def test_a_scale_of_one_gives_cond_exactly(backend):
     c = torch.randn(3, 50)
     u = torch.full_like(c, torch.nan)
-    assert_same_bits(fastgen.cfg_combine(c, u, 1.0, backend=backend), c)
+    assert_bitwise(fastgen.cfg_combine(c, u, 1.0, backend=backend), c)
 
 
 def test_rescale_brings_back_the_deviation(backend):
@@ -55,7 +55,7 @@ def test_halves_of_one_batch_are_read_in_place(backend):
     both = torch.randn(6, 40)
     u, c = both.chunk(2)
     expected = fastgen.cfg_combine(c.clone(), u.clone(), 3.0, backend=backend)
-    assert_same_bits(fastgen.cfg_combine(c, u, 3.0, backend=backend), expected)
+    assert_bitwise(fastgen.cfg_combine(c, u, 3.0, backend=backend), expected)
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
@@ -94,13 +94,13 @@ def test_combine_sums_left_to_right(backend):
     for weight, tensor in list(zip(weights, tensors, strict=True))[1:]:
         if weight:
             expected = expected + torch.tensor(weight) * tensor
-    assert_same_bits(fastgen.combine(tensors, weights, backend=backend), expected)
+    assert_bitwise(fastgen.combine(tensors, weights, backend=backend), expected)
 
 
 def test_combine_leaves_a_tensor_of_weight_zero_unread(backend):
     x = torch.randn(2, 9)
     poison = torch.full_like(x, torch.nan)
-    assert_same_bits(fastgen.combine([x, poison], [1.0, 0.0], backend=backend), x)
+    assert_bitwise(fastgen.combine([x, poison], [1.0, 0.0], backend=backend), x)
 
 
 C = torch.zeros(2, 4)

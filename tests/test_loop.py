@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastgen
 from fastgen import Loop, NoiseSchedule, Output, Plan, Row, ddim_step, sample, solvers, stack_rows
-from shared import assert_same_bits, network
+from fastgen.testing import assert_bitwise
+from shared import network
 
 SCHEDULE = NoiseSchedule.linear()
 DDIM = solvers.ddim(SCHEDULE, 5)
@@ -83,7 +84,7 @@ def test_a_loop_is_its_rows_one_after_the_other(name, dtype):
     seed = 5 if plan.stochastic else None
     result = run(plan, x, seed=seed)
     assert result.dtype == dtype
-    assert_same_bits(result, by_steps(plan, x, seed))
+    assert_bitwise(result, by_steps(plan, x, seed))
 
 
 def test_a_loop_counts_its_rows():
@@ -120,7 +121,7 @@ def test_a_loop_never_writes_the_callers_sample():
             before = x.clone()
             version = x._version
             run(plan, x, seed=5, guided=guided)
-            assert_same_bits(x, before)
+            assert_bitwise(x, before)
             assert x._version == version
 
 
@@ -169,7 +170,7 @@ def test_an_output_may_be_a_view_of_an_earlier_input(guided):
             loop.step(own((seen if earlier is None else earlier).transpose(-1, -2)))
             earlier = seen
         runs.append(loop.x)
-    assert_same_bits(*runs)
+    assert_bitwise(*runs)
 
 
 def test_a_run_may_stop_and_go_on():
@@ -181,7 +182,7 @@ def test_a_run_may_stop_and_go_on():
     for i in range(2, 5):
         t = NOISY.times()[i].expand(3)
         x = fastgen.step(NOISY.rows[i], x, network(x, t), seed=9, step=i)
-    assert_same_bits(x, whole)
+    assert_bitwise(x, whole)
 
 
 def test_a_run_keeps_no_gradient_and_does_not_mind_one():
@@ -193,7 +194,7 @@ def test_a_run_keeps_no_gradient_and_does_not_mind_one():
         assert not loop.model_input.requires_grad
         loop.step(weight * network(loop.model_input, loop.time))
     assert not loop.x.requires_grad
-    assert_same_bits(loop.x, plain)
+    assert_bitwise(loop.x, plain)
 
 
 def test_samples_may_lie_in_any_layout():
@@ -204,8 +205,8 @@ def test_samples_may_lie_in_any_layout():
         x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
         torch.stack([x, x], dim=-1)[..., 0],
     ):
-        assert_same_bits(run(MULTISTEP, view), expected)
-    assert_same_bits(run(MULTISTEP, x[:1].expand(2, -1, -1, -1))[1], expected[0])
+        assert_bitwise(run(MULTISTEP, view), expected)
+    assert_bitwise(run(MULTISTEP, x[:1].expand(2, -1, -1, -1))[1], expected[0])
     assert run(DDIM, start((0, 3))).shape == (0, 3)
 
 
@@ -222,17 +223,17 @@ def test_guidance_in_one_network_call_is_that_of_two(name, scale):
     together = run(plan, x, lambda x, t: network(x, t, both), seed=seed, guidance_scale=scale,
                    guided=True)  # fmt: skip
     expected = by_steps(plan, x, seed, None, uncond, cond, scale)
-    assert_same_bits(together, expected)
+    assert_bitwise(together, expected)
     loop = Loop(plan, x, seed=seed, guidance_scale=scale)
     while not loop.done:
         point, t = loop.model_input, loop.time
         assert point.shape == SHAPE
         loop.step(network(point, t, cond), network(point, t, uncond))
-    assert_same_bits(loop.x, expected)
+    assert_bitwise(loop.x, expected)
     if isinstance(scale, list):
         scale = torch.tensor(scale)
     sampled = sample(network, plan, x=x, seed=seed, guidance_scale=scale, cond=cond, uncond=uncond)
-    assert_same_bits(sampled, expected)
+    assert_bitwise(sampled, expected)
 
 
 def test_guidance_is_that_of_ddim_step():
@@ -246,7 +247,7 @@ def test_guidance_is_that_of_ddim_step():
             guidance_scale=4.0, eta=1.0, clip=2.0, seed=5, step=i,
         )  # fmt: skip
     result = sample(network, NOISY, x=x, seed=5, guidance_scale=4.0, cond=cond, uncond=uncond)
-    assert_same_bits(result, expected)
+    assert_bitwise(result, expected)
 
 
 def test_a_guided_network_sees_every_sample_twice():
@@ -256,7 +257,7 @@ def test_a_guided_network_sees_every_sample_twice():
             whole = loop.model_input
             assert whole.shape == (6, 2, 7)
             assert loop.time.shape == (6,)
-            assert_same_bits(whole[3:], whole[:3])
+            assert_bitwise(whole[3:], whole[:3])
             loop.step(network(whole, loop.time, torch.arange(6.0)))
 
 
@@ -318,11 +319,11 @@ def test_the_first_sample_has_the_plans_initial_scale():
     result = sample(model, plan, SHAPE, seed=3)
     z = fastgen.randn(SHAPE, seed=3)
     scale = np.float32(plan.rows[0].input_scale)
-    assert_same_bits(seen[0], (z * np.float32(14.6)) * torch.tensor(scale))
-    assert_same_bits(result, run(plan, z * np.float32(14.6)))
+    assert_bitwise(seen[0], (z * np.float32(14.6)) * torch.tensor(scale))
+    assert_bitwise(result, run(plan, z * np.float32(14.6)))
     low = sample(network, plan, SHAPE, seed=3, dtype=torch.bfloat16)
     assert low.dtype == torch.bfloat16
-    assert_same_bits(low, run(plan, (z * np.float32(14.6)).bfloat16()))
+    assert_bitwise(low, run(plan, (z * np.float32(14.6)).bfloat16()))
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -340,7 +341,7 @@ def test_four_outputs_and_four_normals_each_go_where_they_belong(guided):
             point, t = loop.model_input, loop.time
             loop.step(network(point, t, cond), network(point, t, uncond))
         result = loop.x
-    assert_same_bits(result, expected)
+    assert_bitwise(result, expected)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -360,7 +361,7 @@ def test_rows_with_and_without_a_network_input_of_their_own_mix(scales, guided):
         expected = fastgen.combine(
             [expected, network(expected * scale, torch.zeros(3))], [0.5, 0.25]
         )
-    assert_same_bits(run(plan, x, guided=guided), expected)
+    assert_bitwise(run(plan, x, guided=guided), expected)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -371,11 +372,11 @@ def test_an_input_that_a_row_makes_is_what_the_network_sees_whatever_the_scale(g
     while not loop.done:
         seen.append(loop.model_input.clone())
         loop.step(loop.model_input)
-    assert_same_bits(loop.x, start())
+    assert_bitwise(loop.x, start())
     copies = 2 if guided else 1
-    assert_same_bits(seen[0], torch.cat([start()] * copies))
-    assert_same_bits(seen[1], torch.cat([-2 * start()] * copies))
-    assert_same_bits(seen[2], seen[1])
+    assert_bitwise(seen[0], torch.cat([start()] * copies))
+    assert_bitwise(seen[1], torch.cat([-2 * start()] * copies))
+    assert_bitwise(seen[2], seen[1])
 
 
 def test_normals_of_a_row_are_those_of_their_streams():
@@ -386,7 +387,7 @@ def test_normals_of_a_row_are_those_of_their_streams():
     expected = torch.zeros(SHAPE)
     for scale, normal in zip(scales, z, strict=True):
         expected = expected + scale * normal
-    assert_same_bits(result, expected)
+    assert_bitwise(result, expected)
 
 
 def test_history_of_bfloat16_samples_is_kept_in_float32():
@@ -402,7 +403,7 @@ def test_history_of_bfloat16_samples_is_kept_in_float32():
         if not loop.done:
             kept = loop.history[(loop.index - 1) % 2]
             assert kept.dtype == torch.float32
-            assert_same_bits(kept, estimates[-1].clamp(-2, 2))
+            assert_bitwise(kept, estimates[-1].clamp(-2, 2))
     # more than bfloat16 holds: rounding it would have been a loss
     assert not torch.equal(estimates[0], estimates[0].bfloat16().float())
 
@@ -436,22 +437,22 @@ def test_a_sample_does_not_depend_on_its_batch(plan, slot):
         network, plan, (1, 3, 7), seed=seeds[slot], sample_ids=[ids[slot]],
         guidance_scale=scales[slot], cond=cond[slot : slot + 1], uncond=uncond[:1],
     )  # fmt: skip
-    assert_same_bits(alone[0], batch[slot])
+    assert_bitwise(alone[0], batch[slot])
     order = [3, slot, 1]
     others = sample(
         network, plan, (3, 3, 7), seed=[seeds[i] for i in order],
         sample_ids=torch.tensor([ids[i] for i in order]),
         guidance_scale=[scales[i] for i in order], cond=cond[order], uncond=uncond[order],
     )  # fmt: skip
-    assert_same_bits(others, batch[order])
+    assert_bitwise(others, batch[order])
 
 
 def test_default_ids_are_the_places_in_the_batch():
     batch = sample(network, NOISY, SHAPE, seed=4)
     again = sample(network, NOISY, (1, *SHAPE[1:]), seed=4, sample_ids=[2])
-    assert_same_bits(again[0], batch[2])
+    assert_bitwise(again[0], batch[2])
     seeds = torch.tensor([4, 4, 4])
-    assert_same_bits(sample(network, NOISY, SHAPE, seed=seeds, sample_ids=range(3)), batch)
+    assert_bitwise(sample(network, NOISY, SHAPE, seed=seeds, sample_ids=range(3)), batch)
     assert not torch.equal(batch[0], batch[1])
     assert not torch.equal(sample(network, NOISY, SHAPE, seed=5), batch)
 
@@ -496,10 +497,10 @@ def test_a_refused_output_changes_nothing():
     with pytest.raises(ValueError, match="output"):
         loop.step(start((3, 14)))
     assert loop.row is row
-    assert_same_bits(loop.x, before)
+    assert_bitwise(loop.x, before)
     while not loop.done:
         loop.step(network(loop.model_input, loop.time))
-    assert_same_bits(loop.x, run(MULTISTEP, start()))
+    assert_bitwise(loop.x, run(MULTISTEP, start()))
 
 
 # ---- rows on the device --------------------------------------------------------------------------
@@ -537,7 +538,7 @@ def test_a_table_and_an_index_give_the_bits_of_the_rows(name):
         by_value = fastgen.step(row, a, network(a, t), uncond=-network(a, t), step=i, **common)
         by_index = fastgen.step(table, b, network(b, t), uncond=-network(b, t), row_index=index,
                                 outputs=len(row.outputs), **common)  # fmt: skip
-        assert_same_bits(by_index, by_value)
+        assert_bitwise(by_index, by_value)
         if isinstance(by_value, tuple):
             history = [by_value[1], history[1]] if i % 2 == 0 else [history[0], by_value[1]]
             a, b = by_value[0], by_index[0]
@@ -557,7 +558,7 @@ def test_a_row_per_sample_is_each_row_alone():
         alone = fastgen.step(row, x[one], output[one], uncond=uncond[one],
                              guidance_scale=scales[i], seed=seeds[i], sample_ids=[i],
                              step=6)  # fmt: skip
-        assert_same_bits(together[one], alone)
+        assert_bitwise(together[one], alone)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -574,7 +575,7 @@ def test_a_compiled_run_gives_the_same_bits_and_is_compiled_once(backend):
     ]:
         arguments = (start(seed=seed), plan.table(), index, torch.tensor([seed, 1, 2]),
                      torch.tensor([scale, 1.0, 0.0]))  # fmt: skip
-        assert_same_bits(compiled(*arguments), unrolled(*arguments))
+        assert_bitwise(compiled(*arguments), unrolled(*arguments))
     assert counter.frame_count == 1
 
 
@@ -583,7 +584,7 @@ def test_a_compiled_multistep_run_keeps_its_history():
     compiled = torch.compile(unrolled, backend="aot_eager", fullgraph=True)
     arguments = (start(), MULTISTEP.table(), torch.arange(5), torch.tensor([0, 1, 2]),
                  torch.tensor([2.0, 1.0, 0.0]), 4, 2)  # fmt: skip
-    assert_same_bits(compiled(*arguments), unrolled(*arguments))
+    assert_bitwise(compiled(*arguments), unrolled(*arguments))
 
 
 # ---- a run that is changed, interrupted, gone on with --------------------------------------------
@@ -632,7 +633,7 @@ def test_a_run_goes_on_from_its_state_with_the_same_bits(name, guided, stop, tmp
     second.load_state_dict(torch.load(tmp_path / "run.pt", weights_only=True))
     while not second.done:
         second.step(_shrink(second.model_input, second.time))
-    assert_same_bits(second.x, whole.x)
+    assert_bitwise(second.x, whole.x)
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -10,7 +10,8 @@ import torch
 
 import fastgen
 from fastgen import Loop, NoiseSchedule, sample, solvers
-from shared import assert_same_bits, network
+from fastgen.testing import assert_bitwise
+from shared import network
 
 SCHEDULE = NoiseSchedule.linear()
 DDIM = solvers.ddim(SCHEDULE, 5)
@@ -34,15 +35,15 @@ def run(plan, x, seed=None) -> torch.Tensor:
 def test_sample_is_a_loop_from_the_first_noise():
     for plan in PLANS:
         expected = run(plan, fastgen.randn(SHAPE, seed=3), seed=3 if plan.stochastic else None)
-        assert_same_bits(sample(network, plan, SHAPE, seed=3), expected)
+        assert_bitwise(sample(network, plan, SHAPE, seed=3), expected)
         again = sample(network, plan, x=fastgen.randn(SHAPE, seed=3), seed=3)
-        assert_same_bits(again, expected)
+        assert_bitwise(again, expected)
 
 
 def test_sample_follows_dtype_and_device():
     result = sample(network, NOISY, SHAPE, seed=3, dtype=torch.bfloat16, device="cpu")
     expected = run(NOISY, fastgen.randn(SHAPE, seed=3, dtype=torch.bfloat16), seed=3)
-    assert_same_bits(result, expected)
+    assert_bitwise(result, expected)
     assert sample(network, DDIM, SHAPE, seed=3, dtype=torch.float64).dtype == torch.float64
 
 
@@ -51,7 +52,7 @@ def test_a_result_with_a_sample_attribute_is_accepted():
         return types.SimpleNamespace(sample=network(x, t))
 
     expected = sample(network, DDIM, SHAPE, seed=3)
-    assert_same_bits(sample(model, DDIM, SHAPE, seed=3), expected)
+    assert_bitwise(sample(model, DDIM, SHAPE, seed=3), expected)
 
 
 def test_the_callback_sees_the_loop_after_every_step():
@@ -63,7 +64,7 @@ def test_the_callback_sees_the_loop_after_every_step():
 
     result = sample(network, DDIM, SHAPE, seed=3, callback=watch)
     assert [(i, done) for i, done, _ in seen] == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1)]
-    assert_same_bits(seen[-1][2], result)
+    assert_bitwise(seen[-1][2], result)
 
 
 def test_the_progress_bar_counts_the_steps(capsys):
@@ -86,7 +87,7 @@ def test_conditions_may_be_any_tree_of_tensors():
     expected = sample(network, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=flat,
                       uncond=torch.zeros(3))  # fmt: skip
     result = sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=cond, uncond=uncond)
-    assert_same_bits(result, expected)
+    assert_bitwise(result, expected)
     # without guidance the tree goes to the network as it is
     sample(lambda x, t, tree: network(x, t) if tree is cond else None, DDIM, SHAPE, seed=3,
            cond=cond)  # fmt: skip
@@ -189,7 +190,7 @@ def test_one_row_of_a_condition_is_every_samples():
         sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=cond, uncond=uncond)
         for cond, uncond in ((one, 0 * one), (many, 0 * many), (one, 0 * many))
     ]
-    assert_same_bits(results[1:], results[:1] * 2)
+    assert_bitwise(results[1:], results[:1] * 2)
 
 
 def test_keys_may_stand_in_any_order():
@@ -201,7 +202,7 @@ def test_keys_may_stand_in_any_order():
         sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=cond, uncond=u)
         for u in (uncond, {"a": uncond["a"], "b": uncond["b"]})
     ]
-    assert_same_bits(*results)
+    assert_bitwise(*results)
     with pytest.raises(ValueError, match=r"uncond: got a dict .*'c'"):
         sample(model, DDIM, SHAPE, seed=3, guidance_scale=2.0, cond=cond,
                uncond={"a": OTHER, "c": OTHER})  # fmt: skip
@@ -223,7 +224,7 @@ def test_guidance_of_one_calls_the_network_with_cond_alone():
 
     plain = sample(model, DDIM, SHAPE, seed=3, cond=OTHER + 1)
     for options in ({"guidance_scale": 1.0}, {"guidance_scale": 1, "uncond": OTHER}):
-        assert_same_bits(sample(model, DDIM, SHAPE, seed=3, cond=OTHER + 1, **options), plain)
+        assert_bitwise(sample(model, DDIM, SHAPE, seed=3, cond=OTHER + 1, **options), plain)
     assert set(rows) == {3}
 
 
@@ -239,5 +240,5 @@ def test_channels_last_is_kept():
     for options in ({}, guided):
         result = sample(model, DDIM, x=x, **options)
         assert result.is_contiguous(memory_format=torch.channels_last)
-        assert_same_bits(result, sample(network, DDIM, x=x.contiguous(), **options))
+        assert_bitwise(result, sample(network, DDIM, x=x.contiguous(), **options))
     assert all(seen)

@@ -9,7 +9,7 @@ import torch
 
 import fastgen
 from fastgen import Output, Row
-from shared import assert_same_bits
+from fastgen.testing import assert_bitwise
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -74,22 +74,22 @@ def test_no_noise_is_drawn_at_the_last_step():
     for variance in ("fixed_small", "fixed_large", torch.zeros(2, 9)):
         last = fastgen.ddpm_step(x, e, 0.9, 1.0, variance=variance)
         seeded = fastgen.ddpm_step(x, e, 0.9, 1.0, variance=variance, seed=1, step=1)
-        assert_same_bits(seeded, last)
-    assert_same_bits(fastgen.ddim_step(x, e, 0.9, 1.0, eta=1.0), last)
+        assert_bitwise(seeded, last)
+    assert_bitwise(fastgen.ddim_step(x, e, 0.9, 1.0, eta=1.0), last)
 
 
 def test_guidance_of_one_is_the_conditional_output_exactly():
     x, c = torch.randn(2, 2, 9)
     u = torch.full_like(c, torch.nan)
     guided = fastgen.ddim_step(x, c, 0.4, 0.5, uncond=u, guidance_scale=1.0)
-    assert_same_bits(guided, fastgen.ddim_step(x, c, 0.4, 0.5))
+    assert_bitwise(guided, fastgen.ddim_step(x, c, 0.4, 0.5))
 
 
 def test_guidance_is_fused_without_a_rounding_in_between(backend):
     x, c, u = torch.randn(3, 2, 64).bfloat16()
     step = fastgen.ddim_step(x, c, 0.4, 0.5, uncond=u, guidance_scale=3.0, backend=backend)
     e = fastgen.cfg_combine(c.float(), u.float(), 3.0)
-    assert_same_bits(step, fastgen.ddim_step(x.float(), e, 0.4, 0.5).bfloat16())
+    assert_bitwise(step, fastgen.ddim_step(x.float(), e, 0.4, 0.5).bfloat16())
 
 
 def test_a_weight_of_zero_leaves_its_term_unread(backend):
@@ -97,7 +97,7 @@ def test_a_weight_of_zero_leaves_its_term_unread(backend):
     poison = torch.full((1, 8), torch.nan)
     row = Row((Output({"x": 2.0, "e": 0.0, "known": 0.0, "h0": 0.0}, noise=(0.0,)),))
     y = fastgen.step(row, x, poison, known=poison, history=[poison], seed=1, backend=backend)
-    assert_same_bits(y, 2 * x)
+    assert_bitwise(y, 2 * x)
 
 
 def test_nan_passes_through_the_clip(backend):
@@ -122,14 +122,14 @@ def test_out_may_be_an_input(operand, backend):
     out = {"x": x, "e": e, "u": u}[operand]
     returned = fastgen.ddim_step(x, e, 0.4, 0.5, out=out, **options)
     assert returned is out
-    assert_same_bits(out, expected)
+    assert_bitwise(out, expected)
 
 
 def test_large_outputs_past_the_caches_have_the_same_bits():
     x, e = torch.randn(2, 9, 1 << 20)
     whole = fastgen.ddim_step(x, e, 0.4, 0.5)
     for i in range(0, 9, 4):
-        assert_same_bits(fastgen.ddim_step(x[i : i + 1], e[i : i + 1], 0.4, 0.5)[0], whole[i])
+        assert_bitwise(fastgen.ddim_step(x[i : i + 1], e[i : i + 1], 0.4, 0.5)[0], whole[i])
 
 
 def test_a_table_on_the_device_gives_the_bits_of_its_rows(backend):
@@ -140,7 +140,7 @@ def test_a_table_on_the_device_gives_the_bits_of_its_rows(backend):
         index = torch.tensor(i)
         by_table = fastgen.step(table, x, e, row_index=index, seed=3, backend=backend)
         by_value = fastgen.step(row, x, e, seed=3, step=i, backend=backend)
-        assert_same_bits(by_table, by_value)
+        assert_bitwise(by_table, by_value)
 
 
 def smooth(shape, count):
@@ -296,7 +296,7 @@ def test_history_may_have_empty_slots(backend):
     row = Row((Output({"x": 1.0, "h1": 0.5}),))
     x, h = torch.randn(2, 2, 3)
     expected = x + 0.5 * h
-    assert_same_bits(fastgen.step(row, x, history=(None, h), backend=backend), expected)
+    assert_bitwise(fastgen.step(row, x, history=(None, h), backend=backend), expected)
     x, h = x.requires_grad_(), h.requires_grad_()
     y = fastgen.step(row, x, history=(None, h), backend=backend)
     of_x, of_h = torch.autograd.grad(y.sum(), (x, h))
@@ -324,14 +324,14 @@ def test_transforms_and_modes_are_served():
             return function(*args, **(kwargs or {}))
 
     with Mode():
-        assert_same_bits(fastgen.ddim_step(x, e, 0.4, 0.5), expected)
+        assert_bitwise(fastgen.ddim_step(x, e, 0.4, 0.5), expected)
     negative = torch.complex(torch.zeros_like(x), -x).conj().imag  # a view with the negative bit
     assert negative.is_neg()
-    assert_same_bits(fastgen.ddim_step(negative, e, 0.4, 0.5), expected)
+    assert_bitwise(fastgen.ddim_step(negative, e, 0.4, 0.5), expected)
     parameter = torch.nn.Parameter(x)
     assert fastgen.ddim_step(parameter, e, 0.4, 0.5).requires_grad
     with torch.no_grad():
-        assert_same_bits(fastgen.ddim_step(parameter, e, 0.4, 0.5), expected)
+        assert_bitwise(fastgen.ddim_step(parameter, e, 0.4, 0.5), expected)
 
 
 def test_compiled_steps_have_the_same_bits():
@@ -343,7 +343,7 @@ def test_compiled_steps_have_the_same_bits():
         return fastgen.ddpm_step(y, e, 0.5, 0.6, seed=3, step=2)
 
     y = fastgen.ddim_step(x, e, 0.4, 0.5, uncond=u, guidance_scale=3.0, clip=1.0)
-    assert_same_bits(run(x, e, u), fastgen.ddpm_step(y, e, 0.5, 0.6, seed=3, step=2))
+    assert_bitwise(run(x, e, u), fastgen.ddpm_step(y, e, 0.5, 0.6, seed=3, step=2))
 
 
 X = torch.zeros(2, 6)
@@ -433,7 +433,7 @@ def test_an_output_that_overlaps_an_input_partly_is_refused():
     halves = torch.randn(2, 12)
     left, right = halves[:, :6], halves[:, 6:]  # interleaved in memory, sharing none of it
     expected = fastgen.ddim_step(left.clone(), left.clone(), 0.4, 0.5)
-    assert_same_bits(fastgen.ddim_step(left, left, 0.4, 0.5, out=right), expected)
+    assert_bitwise(fastgen.ddim_step(left, left, 0.4, 0.5, out=right), expected)
 
 
 def test_outputs_that_overlap_each_other_are_refused():

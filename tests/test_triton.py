@@ -13,7 +13,8 @@ import torch
 
 from fastgen import _native
 from fastgen.bench.static_checks import inexact
-from shared import HAS_TRITON, assert_same_bits
+from fastgen.testing import assert_bitwise
+from shared import HAS_TRITON
 
 if not HAS_TRITON:
     pytest.skip("no Triton, or one too old", allow_module_level=True)
@@ -90,7 +91,7 @@ def both_steps(make_out, shape, *, x=None, cond=None, uncond=None, known=None, l
         results.append(out)
     for ours, native in zip(*results, strict=True):
         if ours is not None:
-            assert_same_bits(ours, native)
+            assert_bitwise(ours, native)
 
 
 SHAPES = [(1, 1), (2, 3, 5, 7), (3, 1024), (2, 3, 700)]
@@ -200,7 +201,7 @@ def test_every_value_of_a_short_type_passes_unchanged(dtype):
     out = torch.empty_like(every)
     step.step(every.shape, every, None, None, None, None, (), (), (out,), packed_row([[1.0]]),
               None, None, 1.0, None, None, 0, 0, ())  # fmt: skip
-    assert_same_bits(out, every)
+    assert_bitwise(out, every)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
@@ -224,7 +225,7 @@ def test_in_place():
             4, 0, 1, (2,), *tail)  # fmt: skip
         results.append(out)
     for ours, native in zip(*results, strict=True):
-        assert_same_bits(ours, native)
+        assert_bitwise(ours, native)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0), (0,)])
@@ -242,7 +243,7 @@ def both(function, name, *arguments, outputs):
         results.append(made)
     for key, ours in results[0].items():
         if not key.startswith("partials"):
-            assert_same_bits(ours, results[1][key])
+            assert_bitwise(ours, results[1][key])
 
 
 def chunks_of(shape):
@@ -307,7 +308,7 @@ def test_a_tree_of_two_levels():
     partials = torch.randn(2, chunks, generator=torch.Generator().manual_seed(0))
     kl = torch.empty(2)
     reparameterize.divergence_kernel[(2,)](partials.clone(), chunks, kl)
-    assert_same_bits(kl, torch.cat([0.5 * halves(row) for row in partials]))
+    assert_bitwise(kl, torch.cat([0.5 * halves(row) for row in partials]))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 17, 33), (2, 3, 4)])
