@@ -9,7 +9,6 @@ sources := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 torch := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 # CUDA kernels where a GPU could run them; elsewhere the tests compile them on their own.
 cuda := $(if $(wildcard /dev/nvidiactl),ON,OFF)
-benchmarks := $(patsubst bench/%.py,fastgen.bench.%,$(sort $(wildcard bench/bench_*.py)))
 cpp := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 test_parts := lint types native static-checks pytest
 
@@ -68,7 +67,8 @@ static-checks: build ## registers, spills and instructions of the compiled GPU k
 	$(python) -m fastgen.bench.static_checks
 
 bench: build ## times of every op
-	for module in $(benchmarks); do $(python) -m $$module || exit 1; done
+	$(python) -m fastgen bench --save bench/results/cpu.json --draw bench/results \
+	    > bench/results/cpu.txt; status=$$?; cat bench/results/cpu.txt; exit $$status
 
 gpu-check: ## all that only a GPU can show, by the python that has torch; DRY=1 rehearses it
 	$(PYTHON) bench/gpu_check.py $(if $(DRY),--dry)

@@ -1,53 +1,44 @@
-"""randn beside torch.randn, with ``out=``, and its cost a normal on one thread.
-
-python -m fastgen.bench.bench_noise
-"""
+"""randn beside torch.randn, both with ``out=``, and its cost a normal on one thread."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import fastgen
 from fastgen.backends import native
-from fastgen.bench.cases import SHAPES
-from fastgen.bench.timing import interleaved, machine, report
+from fastgen.bench.cases import SHAPES, Case, pointwise
+from fastgen.bench.plugin import drawn_from
 
 LARGE = (4, 1 << 20)
+STANDARD = drawn_from(lambda out: torch.zeros_like(out), lambda out: 1.0)
 
 
-@torch.inference_mode()
-def main() -> None:
-    print(machine())
-    rows = []
-    compiled = torch.compile(lambda shape: torch.randn(shape), dynamic=False)
-    for shape in (*SHAPES, LARGE):
-        out = torch.empty(shape)
-        z = fastgen.randn(shape, seed=1, out=out)
-        spread = 6 / z.numel() ** 0.5
-        assert abs(z.mean()) < spread
-        assert abs(z.std() - 1) < spread
-        runs = {
-            "fastgen": lambda: fastgen.randn(shape, seed=1, out=out),
-            "torch.randn": lambda: torch.randn(shape, out=out),
-        }
-        if shape in SHAPES:
-            runs["compile"] = lambda: compiled(shape)
-        rows.append((str(shape), interleaved(runs)))
-    report("randn with out=, float32", rows)
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize(
+    "case",
+    pointwise("randn", tensors=1, flops=0, shapes={**SHAPES, LARGE: "four million normals"}),
+    ids=str,
+)
+def test_randn(case, race):
+    compiled = torch.compile(lambda: torch.randn(case.shape), dynamic=False)
+    variants = {
+        "fastgen": lambda out: fastgen.randn(case.shape, seed=1, out=out),
+        "eager": lambda out: torch.randn(case.shape, out=out),
+        "compile": lambda out: compiled(),
+    }
+    race(case, variants, [(torch.empty(case.shape),)], STANDARD)
+
+
+@pytest.mark.parametrize("isa", native().available_isas())
+def test_randn_on_one_thread(isa, race):
+    threads, chosen = torch.get_num_threads(), native().isa()
     torch.set_num_threads(1)
-    out = torch.empty(LARGE)
-    chosen = native().isa()
+    native().choose_isa(isa)
     try:
-        for isa in native().available_isas():
-            native().choose_isa(isa)
-            timing = interleaved({"fastgen": lambda: fastgen.randn(LARGE, seed=1, out=out)})
-            nanoseconds = 1e3 * timing["fastgen"].median / out.numel()
-            print(f"one thread, {isa}: {nanoseconds:.2f} ns a normal")
+        count = torch.Size(LARGE).numel()
+        case = Case("randn, one thread", isa, "instructions a normal", 4 * count, 0, LARGE)
+        run = {"fastgen": lambda out: fastgen.randn(LARGE, seed=1, out=out)}
+        race(case, run, [(torch.empty(LARGE),)], STANDARD)
     finally:
         native().choose_isa(chosen)
         torch.set_num_threads(threads)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Times variants of one computation turn about, after checking that they agree."""
+"""Times variants of one computation turn about."""
 
 from __future__ import annotations
 
@@ -6,66 +6,100 @@ import itertools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-Run = Callable[[], object]
+Run = Callable[..., object]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call over the rounds of one interleaved run."""
+    """Microseconds per call, a number a round of one interleaved run; calls: of each round."""
 
-    median: float
-    p99: float
-    minimum: float
+    rounds: tuple[float, ...]
+    calls: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def minimum(self) -> float:
+        return min(self.rounds)
+
+    @property
+    def p99(self) -> float:
+        ordered = sorted(self.rounds)
+        return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
 
 
-def interleaved(variants: dict[str, Run], *, rounds: int = 25, round_us: float = 4000.0):
-    """Each variant's ``Timing``; every round runs all of them, a few milliseconds each."""
-    repeats = {}
+def interleaved(
+    variants: dict[str, Run],
+    inputs: Sequence[tuple] = ((),),
+    *,
+    rounds: int = 25,
+    round_us: float = 4000.0,
+) -> dict[str, Timing]:
+    """Each variant's ``Timing``; every round runs all of them, a few milliseconds each, on the
+    inputs in turn, so that no call finds the last one's in the caches that it should not.
+
+    On a GPU the time is the device's, behind a queue that hides the host's.
+    """
+    on_gpu = any(isinstance(t, torch.Tensor) and t.is_cuda for given in inputs for t in given)
+    clock = _device_us if on_gpu else _host_us
+    turns = {}
     for name, run in variants.items():
-        for _ in range(3):
-            run()
-        start = time.perf_counter()
-        run()
-        once = (time.perf_counter() - start) * 1e6
-        repeats[name] = max(1, min(2000, int(round_us / max(once, 0.1))))
-        for _ in range(repeats[name]):
-            run()
+        clock(run, inputs, 1)
+        once = clock(run, inputs, 1) / len(inputs)
+        turns[name] = max(1, min(2000, int(round_us / max(once, 0.1))) // len(inputs))
+        clock(run, inputs, turns[name])
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            run, count = variants[name], repeats[name]
-            start = time.perf_counter()
-            for _ in itertools.repeat(None, count):
-                run()
-            times[name].append((time.perf_counter() - start) * 1e6 / count)
-    return {
-        name: Timing(
-            statistics.median(values),
-            sorted(values)[min(len(values) - 1, int(0.99 * len(values)))],
-            min(values),
-        )
-        for name, values in times.items()
-    }
+            calls = turns[name] * len(inputs)
+            times[name].append(clock(variants[name], inputs, turns[name]) / calls)
+    return {name: Timing(tuple(t), turns[name] * len(inputs)) for name, t in times.items()}
+
+
+def _host_us(run: Run, inputs: Sequence[tuple], turns: int) -> float:
+    start = time.perf_counter()
+    for _ in itertools.repeat(None, turns):
+        for given in inputs:
+            run(*given)
+    return (time.perf_counter() - start) * 1e6
+
+
+def _device_us(run: Run, inputs: Sequence[tuple], turns: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20_000_000)  # about 10 ms, while the host queues the calls
+    start.record()
+    for _ in itertools.repeat(None, turns):
+        for given in inputs:
+            run(*given)
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end)
 
 
 def machine() -> str:
     """The line that every report starts with."""
-    model = platform.processor() or platform.machine()
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """The CPU's name."""
     try:
         with open("/proc/cpuinfo") as lines:
-            model = next(line.split(":")[1].strip() for line in lines if "model name" in line)
+            return next(line.split(":")[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
-        pass
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        return platform.processor() or platform.machine()
 
 
 def report(title: str, rows: list[tuple[str, dict[str, Timing]]], ours: str = "fastgen") -> None:

@@ -6,8 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import torch
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -18,7 +16,6 @@ def cached_constant(function: Callable[P, R]) -> Callable[P, R]:
     checks to name."""
     cached = functools.lru_cache(4096, typed=True)(function)
 
-    @torch.compiler.assume_constant_result
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
@@ -26,4 +23,6 @@ def cached_constant(function: Callable[P, R]) -> Callable[P, R]:
         except TypeError:
             return function(*args, **kwargs)
 
+    # what torch.compiler.assume_constant_result does, but for importing all of torch._dynamo first
+    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return call

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo.set_defaults(run=_demo)
     _add_verify(commands)
+    _add_bench(commands)
     options = parser.parse_args(arguments)
+    status = 0
     try:
         if hasattr(options, "out"):
             _check_picture(options.out)
@@ -318,6 +321,70 @@ def _verify(options: argparse.Namespace) -> int:
         )
     print("every promise kept" if not breaches else f"{len(breaches)} broken, see above")
     return 1 if breaches else 0
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench", help="time every op beside eager PyTorch, torch.compile and diffusers, here"
+    )
+    bench.add_argument("ops", nargs="*", metavar="op", help="which benchmarks; all if none")
+    bench.add_argument(
+        "--against", default="", metavar="PEERS", help="eager,compile,diffusers,torch,copy_ or some"
+    )
+    bench.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    bench.add_argument("--save", type=Path, metavar="FILE", help="JSON to write the results to")
+    bench.add_argument(
+        "--compare", type=Path, metavar="FILE", help="an earlier result; exit with 1 if slower now"
+    )
+    bench.add_argument("--draw", type=Path, metavar="FOLDER", help="where to draw pictures")
+    bench.set_defaults(run=_bench)
+
+
+def _timed(
+    options: argparse.Namespace, ops: Sequence[str], save: Path | None = None, apart: bool = False
+) -> tuple[int, Any]:
+    """(exit status, the results, or None where nothing was timed)."""
+    from fastgen.bench import report
+    from fastgen.bench.run import run
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = save or Path(folder) / "results.json"
+        file.touch()  # refuses now, before the work
+        status = run(ops, file, against=options.against, quick=options.quick, apart=apart)
+        timed = file.stat().st_size > 0
+        return status or int(not timed), report.load(file) if timed else None
+
+
+def _bench(options: argparse.Namespace) -> int:
+    try:
+        from fastgen.bench import report, run  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"bench: needs {error.name} (pip install fastgen-samplers[bench])"
+        ) from None
+
+    old = None if options.compare is None else report.load(options.compare)
+    if options.draw is not None and not options.draw.is_dir():
+        raise ValueError(f"--draw: {options.draw} is not a folder")
+    status, results = _timed(options, options.ops, options.save)
+    if results is None:
+        return status
+    report.show(results)
+    if options.draw is not None:
+        for picture in report.draw(results, options.draw):
+            print(f"wrote {picture}")
+    if old is None:
+        return status
+    for difference in report.differences(old, results):
+        print(f"compared with another kind of run: {difference}")
+    suspects = report.slower(old, results)
+    if suspects:  # a neighbour on the machine, or a slower kernel: the same again tells
+        print(f"{len(suspects)} cases look slower; their benchmarks are timed again", flush=True)
+        _, again = _timed(options, sorted({record.file for record in suspects}), apart=True)
+        lasting = set() if again is None else {r.key for r in report.slower(old, again)}
+        suspects = {r: line for r, line in suspects.items() if r.key in lasting}
+    print("\n".join(suspects.values()) if suspects else "nothing became slower")
+    return 1 if suspects else status
 
 
 def _models(options: argparse.Namespace) -> None:

@@ -80,7 +80,8 @@ def _conv_transpose(
         input, weight = (_as_autocast(t, input.device.type) for t in (input, weight))
     operands = (input, weight, bias, scale, shift)
     options = (stride, padding, output_padding, groups, dilation, activation)
-    check = _check_once if is_eager() and all(map(_is_fixed, options)) else _check
+    fixed = _PLAIN.issuperset(map(type, options)) or all(map(_is_fixed, options))
+    check = _check_once if fixed and is_eager() else _check
     geometry, shape, name = check(dims, operands, options, backend)
     slope = checks.number("negative_slope", negative_slope)
     batched = input.ndim == dims + 2
@@ -154,6 +155,9 @@ def _as_autocast(operand, device_type: str):
     if not isinstance(operand, Tensor) or operand.dtype not in backends.KERNEL_DTYPES:
         return operand
     return operand.to(torch.get_autocast_dtype(device_type))
+
+
+_PLAIN = frozenset((int, str, type(None)))
 
 
 def _is_fixed(option: Any) -> bool:

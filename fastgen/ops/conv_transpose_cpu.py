@@ -74,7 +74,9 @@ def _are_few(positions: int, weight: Tensor) -> bool:
 
 
 def _floats(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.float().contiguous()
+    if values is None or (values.dtype is torch.float32 and values.is_contiguous()):
+        return values
+    return values.float().contiguous()
 
 
 def conv_transpose(
@@ -93,34 +95,35 @@ def conv_transpose(
     out: Tensor | None,
 ) -> Tensor:
     """``out``, or a new tensor where it is None; plain tensors, checked already."""
-    sizes, kernel = tuple(input.shape[2:]), tuple(weight.shape[2:])
-    out_sizes, numbers = _geometry(
-        sizes, kernel, tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation)
-    )
-    channels = weight.shape[1] * groups
-    positions = math.prod(sizes)
-    rows = channels * math.prod(kernel)
-    few = rows <= FEW_ROWS or _are_few(input.shape[0] * positions, weight)
-    result = out
-    if result is None:
-        shape = (input.shape[0], channels, *out_sizes)
-        if input.shape[0] == 0 or channels == 0:
-            return torch.empty(shape, dtype=input.dtype, memory_format=memory_format(input))
-    elif result.numel() == 0:
-        return result
-    epilogue = (CODES[activation], negative_slope, torch.get_num_threads())
-    if groups == 1 and few and (input.dtype is not torch.bfloat16 or rows <= FEW_ROWS):
+    sizes, kernel = input.shape[2:], weight.shape[2:]
+    batch, channels = input.shape[0], weight.shape[1] * groups
+    rows = channels * kernel.numel()
+    few = rows <= FEW_ROWS or _are_few(batch * sizes.numel(), weight)
+    by_columns = groups == 1 and few and (input.dtype is not torch.bfloat16 or rows <= FEW_ROWS)
+    result, empty = out, batch == 0 or channels == 0
+    if by_columns or empty:
+        out_sizes, numbers = _geometry(
+            tuple(sizes), tuple(kernel), tuple(stride), tuple(padding), tuple(output_padding),
+            tuple(dilation),
+        )  # fmt: skip
         if result is None:
+            shape = (batch, channels, *out_sizes)
             result = torch.empty(shape, dtype=input.dtype, memory_format=memory_format(input))
+        if empty:
+            return result
+    epilogue = (CODES[activation], negative_slope, torch.get_num_threads())
+    if by_columns and result is not None:
         vectors = (_floats(bias), _floats(scale), _floats(shift))
         _by_columns(input, weight, numbers, (*vectors, *epilogue), result)
     else:
         dtype = product_dtype(input)
         inside = bias is not None and bias.dtype is dtype
-        y = torch.convolution(
-            input.to(dtype), weight.to(dtype), bias if inside else None,
-            stride, padding, dilation, True, output_padding, groups,
-        )  # fmt: skip
+        if dtype is not input.dtype:
+            x, weight = input.to(dtype), weight.to(dtype)
+        else:
+            x = input
+        y = torch.convolution(x, weight, bias if inside else None, stride, padding, dilation, True,
+                              output_padding, groups)  # fmt: skip
         vectors = (None if inside else _floats(bias), _floats(scale), _floats(shift))
         result = _finish(y, input, activation, (*vectors, *epilogue), result)
     if out is not None:

@@ -1,0 +1,181 @@
+"""The pytest plugin of the benchmarks: each case's variants are checked, then timed turn about in
+one test, and stored by pytest-benchmark."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import fastgen
+from fastgen import backends
+from fastgen.bench.cases import PEERS, Case
+from fastgen.bench.timing import Timing, interleaved, processor
+
+Check = Callable[[str, Any, tuple], None]  # (variant, its result, what it was given)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastgen")
+    group.addoption("--against", default="", help="peers to time, by commas; all by default")
+    group.addoption("--quick", action="store_true", help="fewer and shorter rounds")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_disable_gc = True
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info["fastgen"] = {
+        "version": fastgen.__version__,
+        "torch": torch.__version__,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "isa": backends.native().isa(),
+        "quick": config.getoption("--quick"),
+        **_versions("triton", "diffusers", "numpy"),
+        **_gpu(),
+        **_rates(),
+    }
+
+
+def _versions(*names: str) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _gpu() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+
+
+def _rates() -> dict[str, float]:
+    """What the machine can do: GFLOP/s of a matrix product in float32."""
+    n = 1024
+    a, b, c = (torch.randn(n, n) for _ in range(3))
+    timing = interleaved({"gemm": lambda: torch.mm(a, b, out=c)}, rounds=9)["gemm"]
+    return {"gemm_gflops": 2 * n**3 / timing.median / 1e3}
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def race(benchmark, request) -> Callable[..., None]:
+    """Times the variants of a case: ``race(case, variants, inputs, check)``.
+
+    variants: by name; "fastgen" and peers, of which ``--against`` leaves some out. inputs: tuples
+    that the variants are called with in turn. check: raises AssertionError for a wrong result;
+    that variant is not timed, and fails the test once the others were.
+    """
+    quick = request.config.getoption("--quick")
+    against = [name for name in request.config.getoption("--against").split(",") if name]
+
+    def wanted(name: str) -> bool:
+        peer = name.split()[0]
+        return peer not in PEERS or not against or peer in against
+
+    def run(
+        case: Case,
+        variants: dict[str, Callable[..., Any]],
+        inputs: Sequence[tuple],
+        check: Check,
+        rounds: int = 25,
+    ) -> None:
+        chosen, wrong = {}, []
+        for name, variant in variants.items():
+            if not wanted(name):
+                continue
+            try:
+                check(name, variant(*inputs[0]), inputs[0])
+            except AssertionError as error:
+                wrong.append(f"{name}: {error}".splitlines()[0])
+            else:
+                chosen[name] = variant
+        timings = {}
+        if chosen:
+            rounds, round_us = (min(9, rounds), 1500.0) if quick else (rounds, 4000.0)
+            timings = interleaved(chosen, inputs, rounds=rounds, round_us=round_us)
+        for name, timing in timings.items():
+            cost = _cost(chosen[name], inputs[0])
+            _store(benchmark, case, name, timing, cost | {"file": request.path.stem[6:]})
+        if wrong:
+            pytest.fail("wrong, and so not timed: " + "; ".join(wrong), pytrace=False)
+
+    return run
+
+
+def _store(benchmark, case: Case, name: str, timing: Timing, more: dict) -> None:
+    benchmark.name, benchmark.group = f"{case.op} {case.label} {name}", f"{case.op} {case.label}"
+    benchmark.fullname, benchmark._mode = benchmark.name, "race"
+    benchmark.param = benchmark.params = None
+    benchmark.extra_info = {
+        "op": case.op, "case": case.label, "reason": case.reason, "variant": name,
+        "bytes": case.bytes, "flops": case.flops, **more,
+    }  # fmt: skip
+    stats = benchmark._make_stats(timing.calls)
+    for us in timing.rounds:
+        stats.update(us * timing.calls / 1e6)
+
+
+def _cost(run: Callable[..., Any], given: tuple) -> dict[str, int]:
+    """Of one call: bytes allocated on the host (less what an operator frees itself), calls of
+    PyTorch's operators, launches on the GPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run(*given)
+    events = profile.events() or []
+    named = [e for e in events if e.name != "[memory]"]
+    allocated = sum(max(0, e.self_cpu_memory_usage) for e in named)
+    kernels = [e for e in events if "cuda" in str(e.device_type).lower()]
+    operators = [e for e in events if e.name.startswith("aten::") and e.cpu_parent is None]
+    return {"allocated": allocated, "operators": len(operators), "launches": len(kernels)}
+
+
+def close_to(expected: Callable[..., torch.Tensor], times: float = 1e-5) -> Check:
+    """A check that every variant gives what a formula gives, but for roundings of it all."""
+
+    def check(name: str, result: Any, given: tuple) -> None:
+        if name == "copy_" or name.startswith("torch"):
+            return  # another computation, timed for scale
+        value = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", result)
+        want = expected(*given)
+        error = (value - want).abs().max() / want.abs().max()
+        assert error <= times, f"differs by {float(error):.3g} of the largest value"
+
+    return check
+
+
+def drawn_from(mean: Callable[..., torch.Tensor], sigma: Callable[..., Any]) -> Check:
+    """A check that every variant gives normals of a mean and deviation: by their moments."""
+
+    def check(name: str, result: Any, given: tuple) -> None:
+        if name == "copy_":
+            return
+        value = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", result)
+        z = (value - mean(*given)) / sigma(*given)
+        spread = 6 / z.numel() ** 0.5
+        assert abs(z.mean()) < spread, f"the noise has mean {float(z.mean()):.3g}"
+        assert abs(z.std() - 1) < spread, f"the noise has deviation {float(z.std()):.3g}"
+
+    return check
+
+
+def tensors(shape: tuple[int, ...], count: int) -> list[tuple[torch.Tensor, ...]]:
+    """Sets of random tensors: several where they are small enough to lie in a cache."""
+    small = 4 * count * torch.Size(shape).numel() <= 1 << 24
+    return [tuple(torch.randn(shape) for _ in range(count)) for _ in range(4 if small else 2)]

@@ -1,0 +1,58 @@
+"""Runs the benchmarks through pytest, from wherever fastgen is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import pytest_benchmark  # noqa: F401  (stores the results)
+
+from fastgen.bench.cases import OPS, PEERS
+
+FOLDER = Path(__file__).parent
+
+
+def run(
+    ops: Sequence[str], save: Path, *, against: str = "", quick: bool = False, apart: bool = False
+) -> int:
+    """Times ops (all if none are named) and writes pytest-benchmark's JSON; pytest's exit status.
+
+    apart: in a process of its own, whose memory and threads lie elsewhere.
+
+    Raises ValueError for an op that has no benchmark, or an unknown peer.
+    """
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
+    for peer in filter(None, against.split(",")):
+        if peer not in PEERS:
+            raise ValueError(f"--against: got {peer!r}, expected some of {', '.join(PEERS)}")
+    files = [str(FOLDER / f"bench_{op}.py") for op in ops or OPS]
+    options = [
+        "-p", "fastgen.bench.plugin", "-p", "no:cacheprovider", "-c", os.devnull,
+        "--rootdir", str(FOLDER), "-o", "python_files=bench_*.py", "-q", "--no-header",
+        "--tb", "short", "-W", "ignore", "--benchmark-quiet", "--benchmark-json", str(save),
+        "--against", against,
+    ]  # fmt: skip
+    arguments = [*options, *(["--quick"] if quick else []), *files]
+    if apart:
+        status = subprocess.run([sys.executable, "-m", "pytest", *arguments]).returncode
+    else:
+        status = int(pytest.main(arguments))
+    if save.stat().st_size:
+        save.write_text(_compact(json.loads(save.read_text())))
+    return status
+
+
+def _compact(data: dict) -> str:
+    """A line a benchmark, each time to a nanosecond's tenth."""
+    for entry in data["benchmarks"]:
+        entry["stats"]["data"] = [round(time, 10) for time in entry["stats"]["data"]]
+    head = json.dumps({k: v for k, v in data.items() if k != "benchmarks"})
+    lines = ",\n".join(json.dumps(entry) for entry in data["benchmarks"])
+    return f'{head[:-1]}, "benchmarks": [\n{lines}\n]}}\n'
