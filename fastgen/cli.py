@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen import backends, zoo
+from fastgen import backends, cli_checks, zoo
 from fastgen.plan import Plan
 from fastgen.schedules import SPACINGS
 
@@ -49,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("demo.png"), help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo.set_defaults(run=_demo)
-    _add_verify(commands)
-    _add_bench(commands)
+    cli_checks.add_verify(commands)
+    cli_checks.add_bench(commands)
     options = parser.parse_args(arguments)
     status = 0
     try:
@@ -262,129 +260,6 @@ def _demo(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     print(f"fastgen {fastgen.__version__}")
     print(fastgen.info())
-
-
-def _add_verify(commands: Any) -> None:
-    verify = commands.add_parser(
-        "verify",
-        help="check every op and backend on this machine against eager PyTorch and float64",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    verify.add_argument("ops", nargs="*", metavar="op", help="the ops to check; all if none")
-    verify.add_argument("--backend", action="append", help="only this one; may be repeated")
-    verify.add_argument("--cases", type=int, default=50, help="of each op, backend and dtype")
-    verify.add_argument("--seed", type=int, default=0, help="of the random cases")
-    verify.add_argument("--save", type=Path, help="JSON to write the verdicts to")
-    verify.set_defaults(run=_verify)
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-    from tqdm.auto import tqdm
-
-    try:
-        from fastgen.verify import verify
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"verify: needs {error.name} (pip install fastgen-samplers[cli])"
-        ) from None
-
-    if options.cases < 1:
-        raise ValueError(f"--cases: got {options.cases}, expected at least 1")
-    if options.save is not None:
-        options.save.touch()  # refuses now, before the work
-    found = verify(options.ops, options.backend or (), cases=options.cases, seed=options.seed)
-    verdicts = list(tqdm(found, desc="verifying", unit="verdict", leave=False))
-    table = Table(title=f"fastgen {fastgen.__version__}, torch {torch.__version__}")
-    for column in (
-        "op",
-        "backend",
-        "dtype",
-        "cases",
-        "same bits",
-        "worst ulp",
-        "error / PyTorch's",
-    ):
-        table.add_column(column, justify="left" if column in ("op", "backend") else "right")
-    for v in verdicts:
-        numbers = (str(v.cases), "yes" if v.bitwise else "no", str(v.ulps), f"{v.ratio:.2f}")
-        table.add_row(v.op, v.backend, v.dtype, *numbers, style="red" if v.what else None)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    breaches = [v for v in verdicts if v.what]
-    for v in breaches:
-        print(f"{v.op} on {v.backend}, {v.dtype}: {v.what}\n    {v.line}")
-    if options.save is not None:
-        facts = {"fastgen": fastgen.__version__, "torch": torch.__version__, "seed": options.seed}
-        options.save.write_text(
-            json.dumps({**facts, "verdicts": [v.row() for v in verdicts]}, indent=1) + "\n"
-        )
-    print("every promise kept" if not breaches else f"{len(breaches)} broken, see above")
-    return 1 if breaches else 0
-
-
-def _add_bench(commands: Any) -> None:
-    bench = commands.add_parser(
-        "bench", help="time every op beside eager PyTorch, torch.compile and diffusers, here"
-    )
-    bench.add_argument("ops", nargs="*", metavar="op", help="which benchmarks; all if none")
-    bench.add_argument(
-        "--against", default="", metavar="PEERS", help="eager,compile,diffusers,torch,copy_ or some"
-    )
-    bench.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
-    bench.add_argument("--save", type=Path, metavar="FILE", help="JSON to write the results to")
-    bench.add_argument(
-        "--compare", type=Path, metavar="FILE", help="an earlier result; exit with 1 if slower now"
-    )
-    bench.add_argument("--draw", type=Path, metavar="FOLDER", help="where to draw pictures")
-    bench.set_defaults(run=_bench)
-
-
-def _timed(
-    options: argparse.Namespace, ops: Sequence[str], save: Path | None = None, apart: bool = False
-) -> tuple[int, Any]:
-    """(exit status, the results, or None where nothing was timed)."""
-    from fastgen.bench import report
-    from fastgen.bench.run import run
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = save or Path(folder) / "results.json"
-        file.touch()  # refuses now, before the work
-        status = run(ops, file, against=options.against, quick=options.quick, apart=apart)
-        timed = file.stat().st_size > 0
-        return status or int(not timed), report.load(file) if timed else None
-
-
-def _bench(options: argparse.Namespace) -> int:
-    try:
-        from fastgen.bench import report, run  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"bench: needs {error.name} (pip install fastgen-samplers[bench])"
-        ) from None
-
-    old = None if options.compare is None else report.load(options.compare)
-    if options.draw is not None and not options.draw.is_dir():
-        raise ValueError(f"--draw: {options.draw} is not a folder")
-    status, results = _timed(options, options.ops, options.save)
-    if results is None:
-        return status
-    report.show(results)
-    if options.draw is not None:
-        for picture in report.draw(results, options.draw):
-            print(f"wrote {picture}")
-    if old is None:
-        return status
-    for difference in report.differences(old, results):
-        print(f"compared with another kind of run: {difference}")
-    suspects = report.slower(old, results)
-    if suspects:  # a neighbour on the machine, or a slower kernel: the same again tells
-        print(f"{len(suspects)} cases look slower; their benchmarks are timed again", flush=True)
-        _, again = _timed(options, sorted({record.file for record in suspects}), apart=True)
-        lasting = set() if again is None else {r.key for r in report.slower(old, again)}
-        suspects = {r: line for r, line in suspects.items() if r.key in lasting}
-    print("\n".join(suspects.values()) if suspects else "nothing became slower")
-    return 1 if suspects else status
 
 
 def _models(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 import fastgen
 from fastgen import backends
 from fastgen.testing import assert_bitwise, sample_tensor
-from fastgen.verify import OPS
+from fastgen.verify_cases import OPS
 from shared import HAS_TRITON, ISAS
 
 EXACT = [name for name, op in OPS.items() if op.exact]

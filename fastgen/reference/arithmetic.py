@@ -83,9 +83,18 @@ def cos_sin_turn(u: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-class _Exp(torch.autograd.Function):
+class Differentiable(torch.autograd.Function):
+    """An elementwise function that keeps its inputs, for derivatives of both modes, and batches."""
+
     generate_vmap_rule = True
 
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+
+class _Exp(Differentiable):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         clamped = torch.where(x > 89.0, 89.0, x)
@@ -99,11 +108,6 @@ class _Exp(torch.autograd.Function):
         first = (half + 127 << 23).view(torch.float32)
         second = (k - half + 127 << 23).view(torch.float32)
         return p * first * second
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:

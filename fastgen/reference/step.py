@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import is_transformed
-from .arithmetic import exp, working_dtype
+from .arithmetic import Differentiable, exp, working_dtype
 
 INPUTS = 12  # x, e, u, denoised, known, seven of history
 OUTPUTS = 4
@@ -51,17 +51,10 @@ def _is_differentiated(factor: Tensor) -> bool:
     return factor.requires_grad or is_transformed()
 
 
-class _Weighted(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Weighted(Differentiable):
     @staticmethod
     def forward(factor: Tensor, value: Tensor) -> Tensor:
         return torch.where(factor != 0, factor * value, -0.0)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -84,19 +77,12 @@ def guide(cond: Tensor, uncond: Tensor | None, guidance: Tensor) -> Tensor:
     return torch.where(g == 1, cond, uncond + g * (cond - uncond))
 
 
-class _Guide(torch.autograd.Function):
+class _Guide(Differentiable):
     """The same with the derivative by g, which the choice at g = 1 would hide."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(cond: Tensor, uncond: Tensor, g: Tensor) -> Tensor:
         return torch.where(g == 1, cond, uncond + g * (cond - uncond))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
