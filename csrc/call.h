@@ -121,6 +121,7 @@ void run_cpu(void (*kernel)(const Params&, int), const Params& params, int64_t g
 }
 
 // The straight path, in quick.cpp.
+py::object shapes_of(py::tuple operands, bool grad);
 py::object quick_step(py::handle operands, py::handle noise, py::handle out, py::handle row,
                       double guidance, py::handle seed, int64_t noise_step, py::handle streams,
                       bool grad, int threads);

@@ -89,6 +89,26 @@ void read_plain_key(NoiseKey& key, py::handle seed, int64_t step) {
 
 }  // namespace
 
+// The dtypes and sizes of ordinary tensors on the CPU, to look up what was found of their like;
+// None where one is out of the ordinary.
+py::object shapes_of(py::tuple operands, bool grad) {
+    std::vector<int64_t> words;
+    for (py::handle operand : operands) {
+        if (operand.is_none()) {
+            words.push_back(-1);
+            continue;
+        }
+        View view;
+        if (!is_ordinary(operand.ptr(), grad) || !try_look_at(operand.ptr(), view) ||
+            !view.on_cpu || view.dtype < 0)
+            return py::none();
+        words.push_back(view.dtype);
+        words.push_back(view.ndim);
+        words.insert(words.end(), view.size, view.size + view.ndim);
+    }
+    return py::bytes(reinterpret_cast<const char*>(words.data()), 8 * words.size());
+}
+
 // operands: (x, cond, uncond, known, logvar, h_0 ... h_6), trailing ones left out; one output.
 py::object quick_step(py::handle operands, py::handle noise, py::handle out, py::handle row,
                       double guidance, py::handle seed, int64_t noise_step, py::handle streams,

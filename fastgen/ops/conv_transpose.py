@@ -80,10 +80,21 @@ def _conv_transpose(
         input, weight = (_as_autocast(t, input.device.type) for t in (input, weight))
     operands = (input, weight, bias, scale, shift)
     options = (stride, padding, output_padding, groups, dilation, activation)
-    fixed = _PLAIN.issuperset(map(type, options)) or all(map(_is_fixed, options))
-    check = _check_once if fixed and is_eager() else _check
-    geometry, shape, name = check(dims, operands, options, backend)
     slope = checks.number("negative_slope", negative_slope)
+    fixed = _PLAIN.issuperset(map(type, options)) or all(map(_is_fixed, options))
+    key = known = None
+    if fixed and backend is None and backends._native is not None and is_eager():
+        shapes = backends._native.shapes_of(operands, torch.is_grad_enabled())
+        key = None if shapes is None else (dims, options, shapes)
+        known = _known.get(key)
+    if known is not None and out is None and input.ndim == dims + 2:
+        arguments = (input, weight, bias, *known[0], scale, shift, activation, slope)
+        return conv_transpose_cpu.conv_transpose(*arguments, None)
+    geometry, shape, name = known or _check(dims, operands, options, backend)
+    if key is not None and name == "cpu":
+        if len(_known) >= 1024:
+            _known.clear()
+        _known[key] = geometry, shape, name
     batched = input.ndim == dims + 2
     x = input if batched else input.unsqueeze(0)
     target = None  # where a kernel may write: `out`, unless it is an input as well
@@ -147,7 +158,7 @@ def _sizes(name: str, value: Any, dims: int, low: int) -> tuple[int, ...]:
 
 Checked = tuple[tuple[Any, Any, Any, Any, Any], tuple[int, ...], str]
 
-_known: dict[tuple, Checked] = {}
+_known: dict[tuple | None, Checked] = {}  # what was found valid on the CPU, by all that was seen
 
 
 def _as_autocast(operand, device_type: str):
@@ -165,23 +176,6 @@ def _is_fixed(option: Any) -> bool:
     if type(option) is tuple:
         return all(type(value) is int for value in option)
     return option is None or type(option) in (int, str)
-
-
-def _check_once(dims: int, operands: tuple, options: tuple, backend: str | None) -> Checked:
-    """``_check``, whose answer for valid arguments is kept by all that it looks at."""
-    key = (dims, options, backend, *[
-        (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in operands
-    ])  # fmt: skip
-    try:
-        known = _known.get(key)
-    except TypeError:  # an operand or a backend that is refused: _check says why
-        return _check(dims, operands, options, backend)
-    if known is None:
-        known = _check(dims, operands, options, backend)
-        if len(_known) >= 1024:
-            _known.clear()
-        _known[key] = known
-    return known
 
 
 def _check(dims: int, operands: tuple, options: tuple, backend: str | None) -> Checked:
