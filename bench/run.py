@@ -39,6 +39,8 @@ def run(
         "--tb", "short", "-W", "ignore", "--benchmark-quiet", "--benchmark-json", str(save),
         "--against", against,
     ]  # fmt: skip
+    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):  # meant for the user's own tests
+        os.environ.pop(name, None)
     arguments = [*options, *(["--quick"] if quick else []), *files]
     if apart:
         status = subprocess.run([sys.executable, "-m", "pytest", *arguments]).returncode

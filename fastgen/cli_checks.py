@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,6 +37,8 @@ def _verify(options: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     try:
+        from hypothesis import configuration
+
         from fastgen.verify import verify
     except ModuleNotFoundError as error:
         raise ImportError(
@@ -43,10 +47,11 @@ def _verify(options: argparse.Namespace) -> int:
 
     if options.cases < 1:
         raise ValueError(f"--cases: got {options.cases}, expected at least 1")
-    if options.save is not None:
-        options.save.touch()  # refuses now, before the work
+    _check_file(options.save)
     found = verify(options.ops, options.backend or (), cases=options.cases, seed=options.seed)
-    verdicts = list(tqdm(found, desc="verifying", unit="verdict", leave=False))
+    with tempfile.TemporaryDirectory() as folder:  # hypothesis keeps notes of its own
+        configuration.set_hypothesis_home_dir(folder)
+        verdicts = list(tqdm(found, desc="verifying", unit="verdict", leave=False))
     table = Table(title=f"fastgen {fastgen.__version__}, torch {torch.__version__}")
     for column in (
         "op",
@@ -75,6 +80,12 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if breaches else 0
 
 
+def _check_file(path: Path | None) -> None:
+    """ValueError, before the work is done, where no file can be written."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ValueError(f"--save: {path} cannot be written")
+
+
 def add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench", help="time every op beside eager PyTorch, torch.compile and diffusers, here"
@@ -99,12 +110,15 @@ def _timed(
     from fastgen.bench import report
     from fastgen.bench.run import run
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = save or Path(folder) / "results.json"
-        file.touch()  # refuses now, before the work
+    with tempfile.TemporaryDirectory() as folder:  # a run that is broken off leaves nothing
+        file = Path(folder) / "results.json"
+        file.touch()
         status = run(ops, file, against=options.against, quick=options.quick, apart=apart)
-        timed = file.stat().st_size > 0
-        return status or int(not timed), report.load(file) if timed else None
+        if file.stat().st_size == 0:
+            return status or 1, None
+        if save is not None:
+            shutil.copy(file, save)
+        return status, report.load(file)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -116,6 +130,7 @@ def _bench(options: argparse.Namespace) -> int:
         ) from None
 
     old = None if options.compare is None else report.load(options.compare)
+    _check_file(options.save)
     if options.draw is not None and not options.draw.is_dir():
         raise ValueError(f"--draw: {options.draw} is not a folder")
     status, results = _timed(options, options.ops, options.save)

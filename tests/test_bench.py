@@ -122,7 +122,7 @@ def test_runs_of_another_kind_are_told_apart(saved):
     [
         (["nope"], "op: got 'nope', expected one of step,"),
         (["forward", "--against", "jax"], "--against: got 'jax', expected some of eager,"),
-        (["forward", "--save", "/nowhere/at/all.json"], "No such file"),
+        (["forward", "--save", "/nowhere/at/all.json"], "cannot be written"),
         (["forward", "--draw", "/nowhere"], "--draw: /nowhere is not a folder"),
         (["forward", "--compare", "/nowhere.json"], "No such file"),
     ],

@@ -102,7 +102,7 @@ def test_an_error_of_the_op_is_a_breach(monkeypatch):
         (["nope"], "op: got 'nope'"),
         (["--backend", "tpu"], "backend: got 'tpu'"),
         (["--cases", "0"], "--cases: got 0"),
-        (["--save", "/nowhere/at/all.json"], "No such file"),
+        (["--save", "/nowhere/at/all.json"], "--save: /nowhere/at/all.json cannot be written"),
     ],
 )
 def test_a_wrong_call_says_what_is_wrong(arguments, message, capsys):
