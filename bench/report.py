@@ -70,7 +70,7 @@ def load(path: Path) -> Results:
         machine = {"commit": data["commit_info"].get("id"), "time": data["datetime"]}
         machine |= data["machine_info"]["fastgen"]
         return Results(machine, [_record(entry) for entry in data["benchmarks"]])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: is no result of `fastgen bench` ({error!r})") from None
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import pytest_benchmark  # noqa: F401  (stores the results)
@@ -34,20 +35,28 @@ def run(
             raise ValueError(f"--against: got {peer!r}, expected some of {', '.join(PEERS)}")
     files = [str(FOLDER / f"bench_{op}.py") for op in ops or OPS]
     options = [
+        "-p", "pytest_benchmark.plugin", "--benchmark-storage", f"file://{save.parent}",
         "-p", "fastgen.bench.plugin", "-p", "no:cacheprovider", "-c", os.devnull,
         "--rootdir", str(FOLDER), "-o", "python_files=bench_*.py", "-q", "--no-header",
         "--tb", "short", "-W", "ignore", "--benchmark-quiet", "--benchmark-json", str(save),
         "--against", against,
     ]  # fmt: skip
-    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):  # meant for the user's own tests
-        os.environ.pop(name, None)
     arguments = [*options, *(["--quick"] if quick else []), *files]
+    with mock.patch.dict(os.environ):  # what is set there is meant for the user's own tests
+        for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
+            os.environ.pop(name, None)
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        status = _pytest(arguments, apart)
+    if save.stat().st_size:
+        save.write_text(_compact(json.loads(save.read_text())))
+    return status
+
+
+def _pytest(arguments: list[str], apart: bool) -> int:
     if apart:
         status = subprocess.run([sys.executable, "-m", "pytest", *arguments]).returncode
     else:
         status = int(pytest.main(arguments))
-    if save.stat().st_size:
-        save.write_text(_compact(json.loads(save.read_text())))
     return status
 
 

@@ -142,6 +142,8 @@ def _bench(options: argparse.Namespace) -> int:
             print(f"wrote {picture}")
     if old is None:
         return status
+    if not {record.key for record in old.records} & {record.key for record in results.records}:
+        raise ValueError(f"--compare: {options.compare} has none of the cases that were timed")
     for difference in report.differences(old, results):
         print(f"compared with another kind of run: {difference}")
     suspects = report.slower(old, results)

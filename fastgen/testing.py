@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,9 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def bits(value: Tensor) -> Tensor:
     """A tensor's bits as integers of its shape, with one pattern for every NaN."""
-    value = value.detach().contiguous()
+    value = value.detach().resolve_conj().contiguous()
+    if value.is_complex():
+        value = torch.view_as_real(value)
     if value.is_floating_point():
         value = torch.where(value.isnan(), torch.full_like(value, torch.nan), value)
     return value.view(_INTEGERS[value.element_size()])
@@ -34,14 +36,15 @@ def bits(value: Tensor) -> Tensor:
 def assert_bitwise(actual: Any, expected: Any) -> None:
     """The same dtype, shape and bits: any NaN equals any NaN, 0.0 is not -0.0, nothing is close.
 
-    actual, expected: tensors on any device, or equal trees of them. Raises AssertionError with how
-    many elements differ, and where the first one is.
+    actual, expected: tensors on any device, or sequences and mappings of them, alike in length and
+    keys. Raises AssertionError with how many elements differ, and where the first one is.
     """
     for a, e in _pairs(actual, expected):
         assert a.dtype == e.dtype, f"got {a.dtype}, expected {e.dtype}"
         assert a.shape == e.shape, f"got shape {tuple(a.shape)}, expected {tuple(e.shape)}"
         a, e = a.cpu(), e.cpu()
         different = bits(a) != bits(e)
+        different = different.any(-1) if a.is_complex() else different
         if different.any():
             place = tuple(different.nonzero()[0].tolist())
             raise AssertionError(
@@ -53,14 +56,22 @@ def assert_bitwise(actual: Any, expected: Any) -> None:
 def ulps(actual: Tensor, expected: Tensor) -> int:
     """The greatest distance in units in the last place: how many numbers of the dtype lie between.
 
-    0 where both are NaN, or both zero; beyond counting (2^62) where only one is NaN.
+    0 where both are NaN, or both zero; beyond counting (2^62) where only one is NaN. Raises
+    ValueError for two dtypes or shapes, TypeError for what is not floating.
     """
+    if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
+        raise ValueError("actual, expected: are not of one dtype and shape")
+    if not actual.is_floating_point():
+        raise TypeError(f"actual: got {actual.dtype}, expected a floating dtype")
     if actual.numel() == 0:
         return 0
     a, e = (_in_order(value.cpu()) for value in (actual, expected))
-    distance = (a - e).abs()
-    one_nan = actual.cpu().isnan() != expected.cpu().isnan()
-    return int(distance.masked_fill(one_nan, 1 << 62).max())
+    if (actual.cpu().isnan() != expected.cpu().isnan()).any():
+        return 1 << 62
+    if actual.element_size() < 8:
+        return int((a - e).abs().max())
+    pairs = zip(a.flatten().tolist(), e.flatten().tolist(), strict=True)
+    return max(abs(x - y) for x, y in pairs)  # int64 would overflow
 
 
 def _in_order(value: Tensor) -> Tensor:
@@ -74,9 +85,12 @@ def _in_order(value: Tensor) -> Tensor:
 
 
 def oracle(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The function's result with every floating tensor of its arguments in float64."""
+    """The function's result with every floating tensor of its arguments in float64 (complex ones in
+    complex128)."""
 
     def widened(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            return leaf.to(torch.complex128)
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     args, kwargs = pytree.tree_map(widened, (args, kwargs))
@@ -91,6 +105,8 @@ def error_ratio(actual: Tensor, reference: Tensor, oracle: Tensor) -> float:
     not finite and both of them are.
     """
     dtype = actual.dtype
+    if not dtype.is_floating_point or not actual.shape == reference.shape == oracle.shape:
+        raise ValueError("actual, reference, oracle: expected floating tensors of one shape")
     actual, reference, exact = (v.detach().cpu().double() for v in (actual, reference, oracle))
     finite = exact.isfinite() & reference.isfinite()
     if not finite.any():
@@ -113,15 +129,24 @@ def assert_close_to_oracle(actual: Any, reference: Any, oracle: Any, times: floa
     for (a, r), (_, o) in zip(_pairs(actual, reference), _pairs(actual, oracle), strict=True):
         assert a.dtype == r.dtype, f"got {a.dtype}, the reference has {r.dtype}"
         assert a.shape == r.shape == o.shape, f"got shapes {a.shape}, {r.shape} and {o.shape}"
+        assert a.is_floating_point(), f"got {a.dtype}, expected a floating dtype"
         ratio = error_ratio(a, r, o)
         assert ratio <= times, f"the error is {ratio:.3g} times the reference's, allowed {times:g}"
 
 
 def _pairs(a: Any, b: Any) -> list[tuple[Tensor, Tensor]]:
-    """The tensors of two trees, side by side."""
-    ours, theirs = pytree.tree_leaves(a), pytree.tree_leaves(b)
-    assert len(ours) == len(theirs), f"got {len(ours)} tensors, expected {len(theirs)}"
-    return list(zip(ours, theirs, strict=True))
+    """The tensors of two trees, side by side; what else is in them is equal."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return [(a, b)]
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        assert set(a) == set(b), f"got keys {sorted(map(str, a))}, expected {sorted(map(str, b))}"
+        return [pair for key in a for pair in _pairs(a[key], b[key])]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        assert len(a) == len(b), f"got {len(a)} entries, expected {len(b)}"
+        return [pair for x, y in zip(a, b, strict=True) for pair in _pairs(x, y)]
+    same = type(a) is type(b) and bool(a == b)
+    assert same, f"got {a!r}, expected {b!r}"
+    return []
 
 
 # ---- memory and layouts --------------------------------------------------------------------------
@@ -161,15 +186,23 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
         order = list(range(value.ndim))[::-1]
         return value.permute(order).contiguous().permute(order)
     if layout == "strided" and value.ndim:
-        room = value.new_full((*value.shape[:-1], 2 * value.shape[-1] + 1), torch.nan)
+        room = value.new_full((*value.shape[:-1], 2 * value.shape[-1] + 1), _poison(value))
         return room[..., 1::2].copy_(value)
     if layout == "offset":
-        return value.new_full((value.numel() + 1,), torch.nan)[1:].view(value.shape).copy_(value)
+        room = value.new_full((value.numel() + 1,), _poison(value))
+        return room[1:].view(value.shape).copy_(value)
     if layout == "expanded":
         return value[:, :1].expand(value.shape) if value.ndim > 1 else value.contiguous()
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {LAYOUTS}")
     return value.contiguous()
+
+
+def _poison(value: Tensor) -> float:
+    """What lies where nothing should be read."""
+    if value.is_floating_point() or value.is_complex():
+        return torch.nan
+    return 1 if value.dtype == torch.bool else torch.iinfo(value.dtype).max
 
 
 def random_layout(value: Tensor, seed: int) -> Tensor:

@@ -47,8 +47,8 @@ class Breach(AssertionError):
 
 
 def check(op: str, backend: str, **case: Any) -> Measure:
-    """Runs one case on a backend and on the eager reference. Raises ``Breach`` where the bits
-    differ, or for conv_transpose where the error is more than twice PyTorch's own."""
+    """Runs one case on a backend and on the eager reference. Raises ``Breach`` where the op fails,
+    the bits differ, or for conv_transpose the error is more than twice PyTorch's own."""
     entry = OPS[op]
     device = device_of(backend)
     special = entry.exact and case["seed"] % 3 == 0
@@ -59,7 +59,11 @@ def check(op: str, backend: str, **case: Any) -> Measure:
         return laid_out(value.to(to or device), layout)
 
     on_host = functools.partial(make, to=torch.device("cpu"))
-    actual = _tensors(entry.run(make, backend, **case))
+    try:
+        actual = _tensors(entry.run(make, backend, **case))
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Breach(op, backend, case, what) from error
     eager = "reference" if entry.exact else "eager"
     expected = _tensors(entry.run(on_host, eager, **case))
     exact = _tensors(entry.run(functools.partial(on_host, precise=True), eager, **case))
@@ -178,8 +182,6 @@ def _verdict(op: str, backend: str, dtype: torch.dtype, cases: int, seed: int) -
         run()
     except Breach as breach:
         what, line = breach.what, breach.line
-    except Exception as error:  # of the op itself
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
     return Verdict(
         op, backend, name_of(dtype), len(measures),
         all(m.bitwise for m in measures) and not what,

@@ -193,3 +193,14 @@ def test_importing_fastgen_imports_no_compiler():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for heavy in ("torch._dynamo", "triton", "sympy", "hypothesis", "rich", "matplotlib"):
         assert f"'{heavy}'" not in done.stdout
+
+
+def test_a_comparison_with_nothing_is_no_success(saved, tmp_path, capsys):
+    data = json.loads(saved.read_text())
+    data["benchmarks"] = []
+    file = tmp_path / "nothing.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "forward", "--against", "copy_", "--quick", "--compare", str(file)])
+    assert stop.value.code == 2
+    assert "has none of the cases" in capsys.readouterr().err
