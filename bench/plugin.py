@@ -24,10 +24,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="fewer and shorter rounds")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_disable_gc = True
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info["fastgen"] = {
         "version": fastgen.__version__,

@@ -54,10 +54,8 @@ def run(
 
 def _pytest(arguments: list[str], apart: bool) -> int:
     if apart:
-        status = subprocess.run([sys.executable, "-m", "pytest", *arguments]).returncode
-    else:
-        status = int(pytest.main(arguments))
-    return status
+        return subprocess.run([sys.executable, "-m", "pytest", *arguments]).returncode
+    return int(pytest.main(arguments))
 
 
 def _compact(data: dict) -> str:

@@ -196,7 +196,7 @@ class Loop:
             checks.like("output", output, "x", self.x)
             if uncond is not None:
                 checks.like("uncond", uncond, "x", self.x)
-        if uncond is None and ("u" in row.reads or not _is_one(self._guidance)):
+        if uncond is None and ("u" in row.reads or not is_one(self._guidance)):
             raise ValueError("uncond: got None, but the run is guided or its row reads it")
         targets = self._targets(row)
         output = _kept_apart(output, targets)
@@ -269,7 +269,7 @@ class Loop:
 
 def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory for samples of x's memory format, perhaps more of them."""
-    strides = torch.empty_like(x).stride() if x.numel() else x.stride()
+    strides = torch.empty_like(x, device="meta").stride()
     order = sorted(range(x.ndim), key=lambda dim: -strides[dim])
     return torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
 
@@ -292,5 +292,6 @@ def _kept_apart(output: Tensor, targets: list[Tensor]) -> Tensor:
     return output.clone() if any(checks.overlaps_partly(t, output) for t in targets) else output
 
 
-def _is_one(guidance: float | Tensor) -> bool:
-    return isinstance(guidance, float) and guidance == 1.0
+def is_one(guidance: object) -> bool:
+    """Whether guidance is a plain number that leaves the network's output as it is."""
+    return isinstance(guidance, int | float) and guidance == 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import checks
-from .loop import Loop
+from .loop import Loop, is_one
 from .ops.noise import INITIAL_LATENT, randn
 from .plan import Plan
 
@@ -65,7 +65,7 @@ def sample(
         )
     if guidance_scale is None and uncond is not None:
         raise ValueError("guidance_scale: got None, but uncond is there to be weighed against")
-    if uncond is None and guidance_scale is not None and not _is_one(guidance_scale):
+    if uncond is None and guidance_scale is not None and not is_one(guidance_scale):
         raise ValueError("uncond: got None, but guidance_scale weighs cond against it")
     if x is None:
         if seed is None:
@@ -74,7 +74,7 @@ def sample(
     elif dtype is not None or device is not None:
         raise ValueError("dtype, device: go with shape; x has its own")
     reads_uncond = any("u" in row.reads for row in plan.rows)
-    guided = guidance_scale is not None and (reads_uncond or not _is_one(guidance_scale))
+    guided = guidance_scale is not None and (reads_uncond or not is_one(guidance_scale))
     if guided:
         if cond is None:
             raise ValueError("cond: got None, but guidance takes cond and uncond")
@@ -104,10 +104,6 @@ def _first_sample(plan, shape, seed, sample_ids, dtype, device) -> Tensor:
         return randn(shape, seed=seed, sample_ids=sample_ids, dtype=dtype, device=device)
     z = randn(shape, seed=seed, sample_ids=sample_ids, stream=INITIAL_LATENT, device=device)
     return z.mul_(plan.initial_scale).to(dtype or torch.float32)
-
-
-def _is_one(guidance_scale: Any) -> bool:
-    return isinstance(guidance_scale, int | float) and guidance_scale == 1
 
 
 def _both(uncond: Any, cond: Any, batch: int) -> Any:

@@ -90,11 +90,13 @@ def _conv_transpose(
     if known is not None and out is None and input.ndim == dims + 2:
         arguments = (input, weight, bias, *known[0], scale, shift, activation, slope)
         return conv_transpose_cpu.conv_transpose(*arguments, None)
-    geometry, shape, name = known or _check(dims, operands, options, backend)
-    if key is not None and name == "cpu":
-        if len(_known) >= 1024:
-            _known.clear()
-        _known[key] = geometry, shape, name
+    if known is None:
+        known = _check(dims, operands, options, backend)
+        if key is not None and known[2] == "cpu":
+            if len(_known) >= 1024:
+                _known.clear()
+            _known[key] = known
+    geometry, shape, name = known
     batched = input.ndim == dims + 2
     x = input if batched else input.unsqueeze(0)
     target = None  # where a kernel may write: `out`, unless it is an input as well

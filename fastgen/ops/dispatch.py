@@ -46,6 +46,13 @@ def is_batched(*tensors: Tensor | None) -> bool:
     )
 
 
+def wants_gradient(*tensors: object) -> bool:
+    """Whether gradients are recorded and any of these needs one."""
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in tensors
+    )
+
+
 def constant(value):
     """A number that a row is made from: in a graph of torch.compile one value, not a symbol."""
     if _is_compiling() and type(value) in (int, float):

@@ -19,7 +19,7 @@ from ..reference.arithmetic import per_sample_rows
 from ..reference.noise import key_tensors, normal
 from ..reference.step import step as reference_step
 from ..reference.step_gradients import step_gradients
-from .dispatch import LIBRARY, is_eager, is_plain
+from .dispatch import LIBRARY, is_eager, is_plain, wants_gradient
 from .recorded import as_of, attach
 
 MAX_KERNEL_DIMS = 8  # beyond, tensors are flattened by a copy
@@ -59,8 +59,9 @@ def call(backend: str, stem: str, function: str, device: torch.device, *argument
         getattr(module, function)(*arguments)
 
 
-def is_quick(seed: object, step: object) -> bool:
-    """Whether a call may try the straight path: eager, with one plain seed or none."""
+def is_quick(seed: object, step: object, out: object = None) -> bool:
+    """Whether a call may try the straight path: eager, with one plain seed or none, and an output,
+    if any, that may be written."""
     return (
         backends._native is not None
         and (
@@ -71,6 +72,7 @@ def is_quick(seed: object, step: object) -> bool:
             )
         )
         and is_eager()
+        and not (isinstance(out, Tensor) and checks.is_frozen(out))
     )
 
 
@@ -88,9 +90,7 @@ def quick(
     (x, cond, uncond, known, logvar, history ...) and runs; None where anything is out of the
     ordinary, for the general path to serve or to refuse with a reason.
     """
-    if type(guidance) is not float or not is_quick(seed, step):
-        return None
-    if isinstance(out, Tensor) and checks.is_frozen(out):
+    if type(guidance) is not float or not is_quick(seed, step, out):
         return None
     grad = torch.is_grad_enabled()
     step = 0 if seed is None else step
@@ -100,7 +100,7 @@ def quick(
         if out is not None:
             torch.autograd.graph.increment_version(out)
         return result
-    if not grad or out is not None or not any(map(_records, (*operands, noise))):
+    if out is not None or not wants_gradient(*operands, noise):
         return None
     result = backends._native.quick_step(*arguments, False, torch.get_num_threads())
     if result is NotImplemented:
@@ -108,10 +108,6 @@ def quick(
     given = () if noise is None else (noise,)
     drawn = (seed, 0, step, streams)
     return attach([result], row, operands[:5], operands[5:], given, guidance, None, drawn)[0]
-
-
-def _records(tensor: object) -> bool:
-    return isinstance(tensor, Tensor) and tensor.requires_grad
 
 
 def run(
@@ -180,7 +176,7 @@ def run(
                guidance, output_scale, seed, sample_ids, step, streams, made)  # fmt: skip
         if out is not None:
             torch.autograd.graph.increment_version(made)
-        elif isinstance(row, Row) and torch.is_grad_enabled() and any(map(_records, tensors)):
+        elif isinstance(row, Row) and wants_gradient(*tensors):
             made = attach(made, row, (x, cond, uncond, known, logvar), history, noise, guidance,
                           output_scale, (seed, sample_ids, step, streams))  # fmt: skip
         return made

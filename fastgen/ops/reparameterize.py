@@ -14,7 +14,7 @@ from ..reference.arithmetic import CHUNK, per_sample_rows, sum_by_halves
 from ..reference.noise import key_tensors, normal
 from ..reference.step import per_sample
 from . import kernel
-from .dispatch import LIBRARY, is_batched, is_plain
+from .dispatch import LIBRARY, is_batched, is_plain, wants_gradient
 from .noise import REPARAMETERIZE
 
 _NO_CLAMP = (-math.inf, math.inf)
@@ -51,7 +51,7 @@ def reparameterize(
         backend is None and sample_ids is None and clamp is None
         and mean is not None and logvar is not None
         and (seed is None) != (noise is None) and (noise is not None or step is not None)
-        and kernel.is_quick(seed, step) and not (isinstance(out, Tensor) and checks.is_frozen(out))
+        and kernel.is_quick(seed, step, out)
     ):  # fmt: skip
         kl = None
         if return_kl and isinstance(mean, Tensor) and mean.ndim > 0:
@@ -63,7 +63,7 @@ def reparameterize(
         if z is not NotImplemented:
             if out is not None:
                 torch.autograd.graph.increment_version(out)
-            elif _wants_gradient(mean, logvar, noise):
+            elif wants_gradient(mean, logvar, noise):
                 z, kl = _Recorded.apply(mean, logvar, noise, seed, None, step or 0, *_NO_CLAMP,
                                         "cpu", (z, kl))  # fmt: skip
             return z if kl is None else (z, kl)
@@ -94,7 +94,7 @@ def reparameterize(
         kl = _launch(name, mean, logvar, noise, z, return_kl, bounds, seed_words, ids, step_count)
         if out is not None:
             torch.autograd.graph.increment_version(out)
-        elif _wants_gradient(mean, logvar, noise):
+        elif wants_gradient(mean, logvar, noise):
             z, kl = _Recorded.apply(mean, logvar, noise, seed_words, ids, step_count, *bounds, name,
                                     (z, kl))  # fmt: skip
         return z if kl is None else (z, kl)
@@ -231,10 +231,6 @@ def _backward(ctx, grad_z, grad_kl):
     grads = _gradients(mean, logvar, noise, seeds, sample_ids, step, grad_z,
                        grad_kl if return_kl else None, low, high, backend)  # fmt: skip
     return *grads, None, None, None, None, None, None, None
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Recorded(torch.autograd.Function):
