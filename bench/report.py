@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastgen.bench.timing import Timing
+
 LEAST = 0.08  # of the time: what is never called slower
 
 
@@ -75,12 +77,12 @@ def load(path: Path) -> Results:
 
 
 def _record(entry: dict[str, Any]) -> Record:
-    info, times = entry["extra_info"], sorted(1e6 * t for t in entry["stats"]["data"])
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    info, stats = entry["extra_info"], entry["stats"]
+    timing = Timing(tuple(1e6 * t for t in stats["data"]), stats["iterations"])
+    low, _, high = statistics.quantiles(timing.rounds, n=4, method="inclusive")
     known = {f.name: info[f.name] for f in fields(Record) if f.name in info}
-    p99 = times[min(len(times) - 1, int(0.99 * len(times)))]
-    return Record(**known, median=middle, p99=p99, minimum=times[0], quartile=low,
-                  spread=(high - low) / middle)  # fmt: skip
+    return Record(**known, median=timing.median, p99=timing.p99, minimum=timing.minimum,
+                  quartile=low, spread=(high - low) / timing.median)  # fmt: skip
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastgen
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """What is imported inside comes with an extra, which an ImportError names."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"needs {error.name} (pip install fastgen-samplers[{name}])") from None
 
 
 def add_verify(commands: Any) -> None:
@@ -32,18 +42,13 @@ def add_verify(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-    from tqdm.auto import tqdm
-
-    try:
+    with _extra("cli"):
         from hypothesis import configuration
+        from rich.console import Console
+        from rich.table import Table
+        from tqdm.auto import tqdm
 
         from fastgen.verify import verify
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"verify: needs {error.name} (pip install fastgen-samplers[cli])"
-        ) from None
 
     if options.cases < 1:
         raise ValueError(f"--cases: got {options.cases}, expected at least 1")
@@ -122,12 +127,8 @@ def _timed(
 
 
 def _bench(options: argparse.Namespace) -> int:
-    try:
+    with _extra("bench"):
         from fastgen.bench import report, run  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"bench: needs {error.name} (pip install fastgen-samplers[bench])"
-        ) from None
 
     old = None if options.compare is None else report.load(options.compare)
     _check_file(options.save)
