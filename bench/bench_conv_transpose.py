@@ -11,6 +11,10 @@ from torch import Tensor
 import fastgen
 from fastgen import testing
 from fastgen.bench.cases import DCGAN, VOCODER, Case
+from fastgen.bench.variants import compiled, on_backends
+
+FREEZING = {"options": {"freezing": True}}
+AUTOTUNED = {"cpu": {}, "cuda": {"max-autotune": {"mode": "max-autotune-no-cudagraphs"}}}
 
 
 class Layer:
@@ -24,14 +28,15 @@ class Layer:
         stride: int,
         padding: int,
         activation: str,
+        device: torch.device,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator).to(device)
 
         self.dims, self.stride, self.padding = len(shape) - 2, stride, padding
-        self.activation = activation
+        self.activation, self.device = activation, device
         self.x = normal(*shape)
         self.weight = 0.02 * normal(shape[1], outputs, *[kernel] * self.dims)
         self.norm = self.scale = self.shift = None
@@ -49,10 +54,10 @@ class Layer:
             y = F.batch_norm(y, *(t.to(y.dtype) for t in self.norm))
         return F.relu(y) if self.activation == "relu" else getattr(torch, self.activation)(y)
 
-    def ours(self, x: Tensor, weight: Tensor) -> Tensor:
+    def ours(self, x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
         transpose = fastgen.conv_transpose1d if self.dims == 1 else fastgen.conv_transpose2d
         return transpose(x, weight, None, self.stride, self.padding, scale=self.scale,
-                         shift=self.shift, activation=self.activation)  # fmt: skip
+                         shift=self.shift, activation=self.activation, backend=backend)  # fmt: skip
 
     def case(self, op: str, label: str, reason: str) -> Case:
         y = self.ours(self.x, self.weight)
@@ -63,31 +68,53 @@ class Layer:
 
     def race(self, race, case: Case) -> None:
         exact = testing.oracle(self.eager, self.x, self.weight)
-        variants = {"fastgen": self.ours, "eager": self.eager}
+        frozen = Frozen(self).eval()
+        variants = {
+            **on_backends("conv_transpose", self.on, case, self.device),
+            "eager": self.eager,
+            **compiled(self.eager, self.device, **AUTOTUNED[self.device.type]),
+            "compile freezing": compiled(frozen, self.device, freezing=FREEZING)["compile freezing"],
+        }
         if self.dims == 2:
             x, weight = (t.to(memory_format=torch.channels_last) for t in (self.x, self.weight))
             variants["fastgen channels_last"] = lambda *_: self.ours(x, weight)
             variants["eager channels_last"] = lambda *_: self.eager(x, weight)
 
         def check(name, result, given):
-            theirs = variants[name.replace("fastgen", "eager")](*given)  # in the same layout
+            layout = " channels_last" * name.endswith("channels_last")
+            theirs = variants[f"eager{layout}"](*given)
             testing.assert_close_to_oracle(result, theirs, exact)
 
         race(case, variants, [(self.x, self.weight)], check)
 
+    def on(self, backend: str | None):
+        return lambda x, weight: self.ours(x, weight, backend)
+
+
+class Frozen(torch.nn.Module):
+    """A layer that holds its weight, which Inductor then may lay out as it likes."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer, self.weight = layer, torch.nn.Parameter(layer.weight, requires_grad=False)
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        return self.layer.eager(x, self.weight)
+
 
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("layer", DCGAN, ids=lambda c: f"{c[0]}x{c[2]}x{c[2]} to {c[1]}")
-def test_dcgan(batch, layer, race):
+def test_dcgan(batch, layer, race, device):
     inputs, outputs, size, stride, padding, activation = layer
-    made = Layer((batch, inputs, size, size), outputs, 4, stride, padding, activation)
+    made = Layer((batch, inputs, size, size), outputs, 4, stride, padding, activation, device)
     label = f"{inputs}x{size}x{size} to {outputs}, batch {batch}"
     made.race(race, made.case("conv_transpose2d", label, "a layer of DCGAN's generator"))
 
 
 @pytest.mark.parametrize("layer", VOCODER, ids=lambda c: f"{c[0]}x{c[2]} to {c[1]}")
-def test_vocoder(layer, race):
+def test_vocoder(layer, race, device):
     inputs, outputs, length, kernel, stride = layer
-    made = Layer((1, inputs, length), outputs, kernel, stride, (kernel - stride) // 2, "tanh")
+    padding = (kernel - stride) // 2
+    made = Layer((1, inputs, length), outputs, kernel, stride, padding, "tanh", device)
     label = f"{inputs}x{length} to {outputs}, batch 1"
     made.race(race, made.case("conv_transpose1d", label, "an upsampling layer of HiFi-GAN V1"))

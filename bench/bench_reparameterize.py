@@ -9,51 +9,57 @@ import fastgen
 from fastgen.bench import eager
 from fastgen.bench.cases import SHAPES, VAE_LATENTS, pointwise
 from fastgen.bench.plugin import drawn_from, tensors
+from fastgen.bench.variants import compiled, on_backends
 
 ALL = {**SHAPES, **VAE_LATENTS}
 DRAWN = drawn_from(lambda mean, logvar: mean, lambda mean, logvar: (logvar / 2).exp())
 
 
-def freshly_compiled(function):
-    """Compiled for one shape and grad mode, far from the recompile limit."""
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
-
-
 @pytest.mark.parametrize(
     "case", pointwise("reparameterize", tensors=3, flops=12, shapes=ALL), ids=str
 )
-def test_reparameterize(case, race):
-    compiled, out = freshly_compiled(eager.reparameterize), torch.empty(case.shape)
+def test_reparameterize(case, race, device):
+    out = torch.empty(case.shape, device=device)
+
+    def ours(backend):
+        return lambda m, v: fastgen.reparameterize(m, v, seed=0, step=1, backend=backend)
+
     variants = {
-        "fastgen": lambda m, v: fastgen.reparameterize(m, v, seed=0, step=1),
+        **on_backends("reparameterize", ours, case, device),
         "copy_": lambda m, v: out.copy_(m),
         "eager": eager.reparameterize,
-        "compile": compiled,
+        **compiled(eager.reparameterize, device),
     }
-    race(case, variants, tensors(case.shape, 2), DRAWN)
+    race(case, variants, tensors(case.shape, 2, device), DRAWN)
 
 
 @pytest.mark.parametrize(
     "case", pointwise("reparameterize with KL", tensors=3, flops=17, shapes=ALL), ids=str
 )
-def test_reparameterize_with_kl(case, race):
+def test_reparameterize_with_kl(case, race, device):
+    def ours(backend):
+        return lambda m, v: fastgen.reparameterize(
+            m, v, seed=0, step=1, return_kl=True, backend=backend
+        )
+
     variants = {
-        "fastgen": lambda m, v: fastgen.reparameterize(m, v, seed=0, step=1, return_kl=True),
+        **on_backends("reparameterize", ours, case, device),
         "fastgen without": lambda m, v: fastgen.reparameterize(m, v, seed=0, step=1),
         "eager": eager.reparameterize_kl,
+        **compiled(eager.reparameterize_kl, device),
     }
-    race(case, variants, tensors(case.shape, 2), DRAWN)
+    race(case, variants, tensors(case.shape, 2, device), DRAWN)
 
 
 @pytest.mark.parametrize(
     "case", pointwise("reparameterize backward", tensors=7, flops=24, shapes=ALL), ids=str
 )
-def test_reparameterize_forward_and_backward(case, race):
+def test_reparameterize_forward_and_backward(case, race, device):
     with torch.inference_mode(False), torch.enable_grad():
-        compiled = freshly_compiled(eager.reparameterize)
-        inputs = [tuple(t.requires_grad_() for t in given) for given in tensors(case.shape, 2)]
-        grad = torch.randn(case.shape)
+        inputs = [
+            tuple(t.requires_grad_() for t in given) for given in tensors(case.shape, 2, device)
+        ]
+        grad = torch.randn(case.shape, device=device)
 
         def train(function):
             def run(m, v):
@@ -62,8 +68,10 @@ def test_reparameterize_forward_and_backward(case, race):
 
             return run
 
-        def ours(m, v):
-            return fastgen.reparameterize(m, v, seed=0, step=1)
+        def ours(backend):
+            return train(
+                lambda m, v: fastgen.reparameterize(m, v, seed=0, step=1, backend=backend)
+            )
 
         def check(name, result, given):
             z, of_mean, of_logvar = result
@@ -75,8 +83,8 @@ def test_reparameterize_forward_and_backward(case, race):
             assert error < 1e-5, f"the gradient of logvar differs by {float(error):.3g}"
 
         variants = {
-            "fastgen": train(ours),
+            **on_backends("reparameterize", ours, case, device),
             "eager": train(eager.reparameterize),
-            "compile": train(compiled),
+            **{n: train(f) for n, f in compiled(eager.reparameterize, device).items()},
         }
         race(case, variants, inputs, check)

@@ -12,7 +12,8 @@ SHAPES = {
     (16, 3, 512, 512): "a batch of images, beyond every cache",
 }
 VAE_LATENTS = {(16, 8, 64, 64): "a batch of a VAE's latents, in training"}
-PEERS = ("eager", "compile", "diffusers", "torch", "copy_")  # torch: one operator, for scale
+PEERS = ("eager", "compile", "diffusers", "k-diffusion", "torch", "copy_")
+# torch: one operator, and copy_: a copy, for scale
 OPS = (
     "step",
     "guidance",
@@ -20,6 +21,7 @@ OPS = (
     "noise",
     "reparameterize",
     "conv_transpose",
+    "sampling",
     "sizes",
     "process",
 )

@@ -4,6 +4,7 @@ one test, and stored by pytest-benchmark."""
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 import fastgen
 from fastgen import backends
 from fastgen.bench.cases import PEERS, Case
-from fastgen.bench.timing import Timing, interleaved, processor
+from fastgen.bench.timing import Timing, host_us, interleaved, processor
+from fastgen.bench.variants import replays
 
+SMALL = 1 << 24  # bytes, of what may lie in a cache
 Check = Callable[[str, Any, tuple], None]  # (variant, its result, what it was given)
 
 
@@ -22,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastgen")
     group.addoption("--against", default="", help="peers to time, by commas; all by default")
     group.addoption("--quick", action="store_true", help="fewer and shorter rounds")
+    group.addoption("--device", default="cpu", help="cpu or cuda")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
@@ -32,9 +36,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "threads": torch.get_num_threads(),
         "isa": backends.native().isa(),
         "quick": config.getoption("--quick"),
-        **_versions("triton", "diffusers", "numpy"),
-        **_gpu(),
-        **_rates(),
+        **_versions("triton", "diffusers", "k-diffusion", "numpy"),
+        **_gpu(config.getoption("--device")),
+        **_rates(config.getoption("--device")),
     }
 
 
@@ -48,18 +52,31 @@ def _versions(*names: str) -> dict[str, str]:
     return found
 
 
-def _gpu() -> dict[str, str]:
-    if not torch.cuda.is_available():
+def _gpu(device: str) -> dict[str, str]:
+    if device != "cuda":
         return {}
-    return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    facts = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        facts["driver"] = subprocess.check_output(query, text=True).splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        pass
+    return facts
 
 
-def _rates() -> dict[str, float]:
+def _rates(device: str) -> dict[str, float]:
     """What the machine can do: GFLOP/s of a matrix product in float32."""
-    n = 1024
-    a, b, c = (torch.randn(n, n) for _ in range(3))
-    timing = interleaved({"gemm": lambda: torch.mm(a, b, out=c)}, rounds=9)["gemm"]
+    n = 1024 if device == "cpu" else 8192
+    a, b, c = (torch.randn(n, n, device=device) for _ in range(3))
+    run = {"gemm": lambda a, b: torch.mm(a, b, out=c)}
+    timing = interleaved(run, [(a, b)], rounds=9)["gemm"]
     return {"gemm_gflops": 2 * n**3 / timing.median / 1e3}
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    """Where the operands lie."""
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +86,7 @@ def _inference():
 
 
 @pytest.fixture
-def race(benchmark, request) -> Callable[..., None]:
+def race(benchmark, request, device) -> Callable[..., None]:
     """Times the variants of a case: ``race(case, variants, inputs, check)``.
 
     variants: by name; "fastgen" and peers, of which ``--against`` leaves some out. inputs: tuples
@@ -100,12 +117,17 @@ def race(benchmark, request) -> Callable[..., None]:
                 wrong.append(f"{name}: {error}".splitlines()[0])
             else:
                 chosen[name] = variant
+        if device.type == "cuda" and case.bytes <= SMALL:
+            for name, replay in replays(chosen, inputs).items():
+                replay(*inputs[0])
+                check(name, replay.results[0], inputs[0])
+                chosen[name] = replay
         timings = {}
         if chosen:
             rounds, round_us = (min(9, rounds), 1500.0) if quick else (rounds, 4000.0)
             timings = interleaved(chosen, inputs, rounds=rounds, round_us=round_us)
         for name, timing in timings.items():
-            cost = _cost(chosen[name], inputs[0])
+            cost = _cost(chosen[name], inputs, device)
             _store(benchmark, case, name, timing, cost | {"file": request.path.stem[6:]})
         if wrong:
             pytest.fail("wrong, and so not timed: " + "; ".join(wrong), pytrace=False)
@@ -119,34 +141,40 @@ def _store(benchmark, case: Case, name: str, timing: Timing, more: dict) -> None
     benchmark.param = benchmark.params = None
     benchmark.extra_info = {
         "op": case.op, "case": case.label, "reason": case.reason, "variant": name,
-        "bytes": case.bytes, "flops": case.flops, **more,
+        "bytes": case.bytes, "flops": case.flops, "shape": list(case.shape), **more,
     }  # fmt: skip
     stats = benchmark._make_stats(timing.calls)
     for us in timing.rounds:
         stats.update(us * timing.calls / 1e6)
 
 
-def _cost(run: Callable[..., Any], given: tuple) -> dict[str, int]:
+def _cost(run: Callable[..., Any], inputs: Sequence[tuple], device: torch.device) -> dict:
     """Of one call: bytes allocated on the host (less what an operator frees itself), calls of
-    PyTorch's operators, launches on the GPU."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
+    PyTorch's operators; on a GPU launches, and the host's microseconds."""
+    activities, more = [torch.profiler.ProfilerActivity.CPU], {}
+    if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+        more = {"host": host_us(run, inputs)}
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run(*given)
+        run(*inputs[0])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
     events = profile.events() or []
     named = [e for e in events if e.name != "[memory]"]
     allocated = sum(max(0, e.self_cpu_memory_usage) for e in named)
     kernels = [e for e in events if "cuda" in str(e.device_type).lower()]
     operators = [e for e in events if e.name.startswith("aten::") and e.cpu_parent is None]
-    return {"allocated": allocated, "operators": len(operators), "launches": len(kernels)}
+    return {
+        **{"allocated": allocated, "operators": len(operators), "launches": len(kernels)},
+        **more,
+    }
 
 
 def close_to(expected: Callable[..., torch.Tensor], times: float = 1e-5) -> Check:
     """A check that every variant gives what a formula gives, but for roundings of it all."""
 
     def check(name: str, result: Any, given: tuple) -> None:
-        if name == "copy_" or name.startswith("torch"):
+        if name in ("copy_", "empty kernel") or name.startswith("torch"):
             return  # another computation, timed for scale
         value = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", result)
         want = expected(*given)
@@ -171,7 +199,13 @@ def drawn_from(mean: Callable[..., torch.Tensor], sigma: Callable[..., Any]) -> 
     return check
 
 
-def tensors(shape: tuple[int, ...], count: int) -> list[tuple[torch.Tensor, ...]]:
+def tensors(
+    shape: tuple[int, ...], count: int, device: torch.device
+) -> list[tuple[torch.Tensor, ...]]:
     """Sets of random tensors: several where they are small enough to lie in a cache."""
-    small = 4 * count * torch.Size(shape).numel() <= 1 << 24
-    return [tuple(torch.randn(shape) for _ in range(count)) for _ in range(4 if small else 2)]
+    small = 4 * count * torch.Size(shape).numel() <= SMALL
+
+    def made() -> tuple[torch.Tensor, ...]:
+        return tuple(torch.randn(shape, device=device) for _ in range(count))
+
+    return [made() for _ in range(4 if small else 2)]

@@ -15,6 +15,10 @@ from rich.table import Table
 
 Run = Callable[..., object]
 
+# On a GPU, calls queued behind a pause of the device, in cycles: about 10 ms, in which the host
+# queues them all, launches of eager PyTorch's many operators included (1024 may wait in a queue).
+QUEUE, PAUSE = 48, 20_000_000
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -50,12 +54,12 @@ def interleaved(
     On a GPU the time is the device's, behind a queue that hides the host's.
     """
     on_gpu = any(isinstance(t, torch.Tensor) and t.is_cuda for given in inputs for t in given)
-    clock = _device_us if on_gpu else _host_us
+    clock, most = (_device_us, QUEUE) if on_gpu else (_host_us, 2000)
     turns = {}
     for name, run in variants.items():
         clock(run, inputs, 1)
         once = clock(run, inputs, 1) / len(inputs)
-        turns[name] = max(1, min(2000, int(round_us / max(once, 0.1))) // len(inputs))
+        turns[name] = max(1, min(most, int(round_us / max(once, 0.1))) // len(inputs))
         clock(run, inputs, turns[name])
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
@@ -75,10 +79,22 @@ def _host_us(run: Run, inputs: Sequence[tuple], turns: int) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
+def host_us(run: Run, inputs: Sequence[tuple], rounds: int = 9) -> float:
+    """The host's microseconds a call on a GPU, while the device is busy with something else."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(PAUSE)
+        turns = max(1, QUEUE // len(inputs))
+        times.append(_host_us(run, inputs, turns) / (turns * len(inputs)))
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
 def _device_us(run: Run, inputs: Sequence[tuple], turns: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(20_000_000)  # about 10 ms, while the host queues the calls
+    torch.cuda._sleep(PAUSE)
     start.record()
     for _ in itertools.repeat(None, turns):
         for given in inputs:
