@@ -73,7 +73,9 @@ class Layer:
             **on_backends("conv_transpose", self.on, case, self.device),
             "eager": self.eager,
             **compiled(self.eager, self.device, **AUTOTUNED[self.device.type]),
-            "compile freezing": compiled(frozen, self.device, freezing=FREEZING)["compile freezing"],
+            "compile freezing": compiled(frozen, self.device, freezing=FREEZING)[
+                "compile freezing"
+            ],
         }
         if self.dims == 2:
             x, weight = (t.to(memory_format=torch.channels_last) for t in (self.x, self.weight))

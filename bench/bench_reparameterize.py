@@ -69,9 +69,7 @@ def test_reparameterize_forward_and_backward(case, race, device):
             return run
 
         def ours(backend):
-            return train(
-                lambda m, v: fastgen.reparameterize(m, v, seed=0, step=1, backend=backend)
-            )
+            return train(lambda m, v: fastgen.reparameterize(m, v, seed=0, step=1, backend=backend))
 
         def check(name, result, given):
             z, of_mean, of_logvar = result

@@ -18,7 +18,11 @@ PLANS = {
     "ddpm": fastgen.solvers.ddpm(SCHEDULE, STEPS),
     "dpmpp_2m": fastgen.solvers.dpmpp_2m(SCHEDULE, STEPS),
 }
-CLASSES = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
+CLASSES = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
 
 
 def network(x, t=None, cond=None):

@@ -1,6 +1,7 @@
 // The straight path of small calls: checked, laid out and run behind a single binding.
 #include <math.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "call.h"
@@ -136,6 +137,99 @@ py::object quick_step(py::handle operands, py::handle noise, py::handle out, py:
     if (p.draws && p.shape.elements > kMaxNoiseElements) return declined;
     run_cpu(cpu_kernels().step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
     return tensors.result;
+}
+
+namespace {
+
+// Whether both are the same elements in the same places; a dim of one has a stride in name only.
+bool is_same(const View& a, const View& b) {
+    if (a.data != b.data || a.dtype != b.dtype) return false;
+    for (int dim = 0; dim < a.ndim; ++dim)
+        if (a.size[dim] != 1 && a.stride[dim] != b.stride[dim]) return false;
+    return true;
+}
+
+const char* end_of(const View& view) {
+    int64_t reach = 1;
+    for (int dim = 0; dim < view.ndim; ++dim) {
+        if (view.size[dim] == 0) return static_cast<const char*>(view.data);
+        reach += (view.size[dim] - 1) * view.stride[dim];
+    }
+    return static_cast<const char*>(view.data) + reach * (view.dtype == kFloat32 ? 4 : 2);
+}
+
+// Whether writing one may change what is still to be read of the other.
+bool may_spoil(const View& out, const View& given) {
+    return given.data < end_of(out) && out.data < end_of(given) && !is_same(out, given);
+}
+
+}  // namespace
+
+// One step of a Loop, into the tensors given; false, with nothing written, where one is out of the
+// ordinary or the network's output shares memory with what is written. guided: the output holds
+// two samples of each, [uncond, cond].
+bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle history,
+               py::handle outs, py::handle row, py::handle guidance, py::handle seed,
+               py::handle sample_ids, py::handle noise_step, py::handle streams, bool guided,
+               int threads) {
+    constexpr int kRoom = 3 + kHistory + kOutputs;
+    View views[kRoom];
+    Tensor* slots[kRoom];
+    int count = 0;
+    StepParams p{};
+    const auto add = [&](Tensor& slot, PyObject* tensor) {
+        View& view = views[count];
+        slots[count] = &slot;
+        return is_ordinary(tensor, false) && try_look_at(tensor, view) && view.on_cpu &&
+               view.dtype >= 0 && (count++ == 0 || view.has_size_of(views[0]));
+    };
+    if (!add(p.x, x.ptr())) return false;
+    const int64_t batch = views[0].ndim ? views[0].size[0] : 0;
+    int64_t doubled[kMaxRank];
+    if (guided) {
+        View& both = views[count];
+        slots[count++] = &p.uncond;
+        if (batch == 0 || !is_ordinary(output.ptr(), false) || !try_look_at(output.ptr(), both) ||
+            !both.on_cpu || both.dtype < 0 || both.ndim != views[0].ndim)
+            return false;
+        std::copy(views[0].size, views[0].size + both.ndim, doubled);
+        doubled[0] *= 2;
+        if (!std::equal(doubled, doubled + both.ndim, both.size)) return false;
+        both.size = views[0].size;
+        View& half = views[count];
+        slots[count++] = &p.cond;
+        half.dtype = both.dtype;
+        half.ndim = both.ndim;
+        half.size = both.size;
+        half.stride = both.stride;
+        const int64_t bytes = batch * both.stride[0] * (both.dtype == kFloat32 ? 4 : 2);
+        half.data = static_cast<char*>(both.data) + bytes;
+    } else if (!add(p.cond, output.ptr()) || (!uncond.is_none() && !add(p.uncond, uncond.ptr()))) {
+        return false;
+    }
+    const int given = count;
+    for (int k = 0; k < kHistory && k < int(PyTuple_GET_SIZE(history.ptr())); ++k) {
+        PyObject* slot = PyTuple_GET_ITEM(history.ptr(), k);
+        if (slot != Py_None && !add(p.history[k], slot)) return false;
+    }
+    for (int j = 0; j < kOutputs && j < int(PyTuple_GET_SIZE(outs.ptr())); ++j) {
+        if (!add(p.out[j], PyTuple_GET_ITEM(outs.ptr(), j))) return false;
+        for (int i = 1; i < given; ++i)
+            if (may_spoil(views[count - 1], views[i])) return false;
+    }
+    memcpy(&p.row, PyBytes_AS_STRING(row.ptr()), sizeof(StepRow));
+    read_guidance(guidance, p.guidance_scale, p.guidance, p.guidance_stride);
+    p.draws = !seed.is_none();
+    if (p.draws) {
+        read_key(p.key, seed, sample_ids, noise_step, py::none());
+        for (int m = 0; m < kNoises; ++m)
+            p.stream[m] = int32_t(as_int(PyTuple_GET_ITEM(streams.ptr(), m)));
+    }
+    Call call(views[0]);
+    for (int i = 0; i < count; ++i) call.add(*slots[i], views[i]);
+    if (!call.try_lay_out(p.shape, p.draws, p.draws || p.guidance)) return false;
+    run_cpu(cpu_kernels().step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
+    return true;
 }
 
 // As quick_step: z, or NotImplemented. kl: None, or where the divergences go.

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from . import checks
+from . import backends, checks
 from .ops import kernel
+from .ops.dispatch import is_eager
 from .plan import MAX_OUTPUTS, Output, Plan, Row
 
 
@@ -60,7 +62,8 @@ class Loop:
         self.history: list[Tensor | None] = [None] * plan.history
         self._batch, self._guided = x.shape[0], guided
         self._backend = backend
-        kernel.choose(backend, x)  # refuses now what cannot serve
+        name = kernel.choose(backend, x)  # refuses now what cannot serve
+        self._native = backends.native() if name == "cpu" else None
         self._seed: kernel.Seed = None
         self._ids: int | Tensor = 0
         if seed is not None:
@@ -69,15 +72,25 @@ class Loop:
             self._ids = checks.sample_ids(sample_ids, self._batch, x.device)
         guidance = checks.per_sample("guidance_scale", guidance_scale, self._batch, x.device)
         self._guidance = guidance.float() if isinstance(guidance, Tensor) else guidance
+        self._weighs = float(guidance) if not isinstance(guidance, Tensor) else (
+            self._guidance.contiguous(), int(guidance.numel() > 1))  # fmt: skip
         self._rows = (
             [_with_input(row) for row in plan.rows[:-1]] if guided else list(plan.rows[:-1])
         )
         self._rows.append(plan.rows[-1])
+        # Of each row: whether the plan's makes the next input, and whether it writes it to the
+        # other half of the network's batch as well.
+        self._makes = [_makes_input(row) for row in plan.rows]
+        self._fills = [guided and _makes_input(row) for row in self._rows]
         copies = 2 if guided else 1
         shape = (copies * self._batch, *x.shape[1:])
         self._buffers = [_empty(x, shape), _empty(x, shape)] if len(plan) > 1 else []
-        self._times = plan.times(x.device)
-        self._made_input = _empty(x, shape) if any(map(_makes_input, plan.rows)) else None
+        self._halves = [
+            (b[: self._batch], b[self._batch :]) if guided else (b,) for b in self._buffers
+        ]
+        times = plan.times(x.device).unsqueeze(1).expand(-1, copies * self._batch)
+        self._times = times.unbind()
+        self._made_input = _empty(x, shape) if any(self._makes) else None
         self._input = self._input_anew()
 
     def __repr__(self) -> str:
@@ -178,9 +191,8 @@ class Loop:
         IndexError when the run is done.
         """
         self._refuse_when_done()
-        return self._times[self.index].expand(self._input.shape[0])
+        return self._times[self.index]
 
-    @torch.no_grad()
     def step(self, output: Tensor, uncond: Tensor | None = None) -> Tensor:
         """Moves the sample one row on by the network's output (of model_input's shape if guided:
         its halves are then uncond and cond). Returns the new sample, which the step after the next
@@ -188,6 +200,32 @@ class Loop:
 
         Raises ValueError or TypeError for an output that does not fit, IndexError when done.
         """
+        if self._step_straight(output, uncond):
+            return self._x
+        with torch.no_grad():
+            return self._step(output, uncond)
+
+    def _step_straight(self, output: Tensor, uncond: Tensor | None) -> bool:
+        """The straight path on the CPU: one native call that looks at the tensors and runs; False
+        where anything is out of the ordinary, for ``_step`` to serve or to refuse with a reason."""
+        if self._native is None or self.index == len(self._rows) or not is_eager():
+            return False
+        row = self._rows[self.index]
+        halves = self._guided and uncond is None
+        if not halves and uncond is None and ("u" in row.reads or not is_one(self._guidance)):
+            return False
+        targets = self._targets()
+        seed = self._seed if row.noises else None
+        if not self._native.loop_step(
+            self._x, output, uncond, tuple(self.history), targets, row.packed, self._weighs, seed,
+            self._ids, self.index, kernel.STEP_STREAMS, halves, torch.get_num_threads(),
+        ):  # fmt: skip
+            return False
+        increment_version(targets)
+        self._move_to(targets)
+        return True
+
+    def _step(self, output: Tensor, uncond: Tensor | None) -> Tensor:
         row = self.row
         if self._guided and uncond is None:
             checks.like("output", output, "model_input", self._input)
@@ -198,7 +236,7 @@ class Loop:
                 checks.like("uncond", uncond, "x", self.x)
         if uncond is None and ("u" in row.reads or not is_one(self._guidance)):
             raise ValueError("uncond: got None, but the run is guided or its row reads it")
-        targets = self._targets(row)
+        targets = self._targets()
         output = _kept_apart(output, targets)
         uncond = None if uncond is None else _kept_apart(uncond, targets)
         kernel.run(
@@ -209,36 +247,40 @@ class Loop:
             seed=self._seed if row.noises else None, sample_ids=self._ids, step=self.index,
             out=targets,
         )  # fmt: skip
-        self._x = targets[0]
-        self.index += 1
-        if not self.done:
-            self._input = self._next_input()
+        self._move_to(targets)
         return self.x
 
-    def _targets(self, row: Row) -> list[Tensor]:
-        """Where each output of a row goes."""
-        last = self.index + 1 == len(self.plan)
-        whole = torch.empty_like(self.x) if last else self._buffers[self.index % 2]
-        targets = [whole[: self._batch]]
-        for output in self._rows[self.index].outputs[1:]:
-            if isinstance(output.target, int):
-                if self.history[output.target] is None:
-                    self.history[output.target] = torch.empty_like(
-                        self.x, dtype=self._history_dtype
-                    )
-                targets.append(self.history[output.target])  # type: ignore[arg-type]
-            elif _makes_input(row):
-                targets.append(self._made_input[: self._batch])  # type: ignore[index]
-            else:
-                targets.append(whole[self._batch :])
-        return targets
+    def _move_to(self, targets: tuple[Tensor, ...]) -> None:
+        """To the next row, once the targets were written."""
+        self._x = targets[0]
+        self.index += 1
+        if self.index < len(self._rows):
+            self._input = self._next_input()
+
+    def _targets(self) -> tuple[Tensor, ...]:
+        """Where each output of the row goes."""
+        index, outputs = self.index, self._rows[self.index].outputs
+        last = index + 1 == len(self._rows)
+        halves = (torch.empty_like(self._x),) if last else self._halves[index % 2]
+        if len(outputs) == 1:
+            return halves[:1]
+        return (halves[0], *[self._target(output.target, halves) for output in outputs[1:]])
+
+    def _target(self, target: object, halves: tuple[Tensor, ...]) -> Tensor:
+        if not isinstance(target, int):
+            made = self._makes[self.index]
+            return self._made_input[: self._batch] if made else halves[1]  # type: ignore[index]
+        kept = self.history[target]
+        if kept is None:
+            kept = self.history[target] = torch.empty_like(self._x, dtype=self._history_dtype)
+        return kept
 
     def _next_input(self) -> Tensor:
-        made = _makes_input(self.plan.rows[self.index - 1])
-        whole = self._made_input if made else self._buffers[(self.index - 1) % 2]
+        before = self.index - 1
+        made = self._makes[before]
+        whole = self._made_input if made else self._buffers[before % 2]
         assert whole is not None
-        copied = not made and _makes_input(self._rows[self.index - 1])
-        if self._guided and not copied:
+        if self._guided and (made or not self._fills[before]):
             whole[self._batch :].copy_(whole[: self._batch])
         return whole
 

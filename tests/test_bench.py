@@ -161,7 +161,9 @@ X, E, U = torch.randn(3, 1, 16, 8)
 OVERHEAD = {  # a call's time over a bare torch.add's at (1, 16, 8), at most
     "ddim_step": (lambda: fastgen.ddim_step(X, E, 0.5, 0.6), 7),
     "ddpm_step": (lambda: fastgen.ddpm_step(X, E, 0.5, 0.6, seed=0, step=1), 8),
-    "step": (lambda: fastgen.step(ROW, X, E), 40),
+    "step": (lambda: fastgen.step(ROW, X, E), 7),
+    "step with history": (lambda: fastgen.step(PAST, X, E, history=(U,)), 8),
+    "sample in 20 steps": (lambda: fastgen.sample(lambda x, t, c: x, PLAN, x=X), 160),
     "cfg_combine": (lambda: fastgen.cfg_combine(X, E, 2.0), 6),
     "combine": (lambda: fastgen.combine([X, E, U], [0.5, 1.0, 2.0]), 13),
     "add_noise": (lambda: fastgen.add_noise(X, 0.5, seed=0, step=1), 8),
@@ -170,6 +172,8 @@ OVERHEAD = {  # a call's time over a bare torch.add's at (1, 16, 8), at most
     "gaussian_kl": (lambda: fastgen.gaussian_kl(X, E), 20),
     "conv_transpose1d": (lambda: fastgen.conv_transpose1d(X, WEIGHT), 40),
 }
+PLAN = fastgen.solvers.ddim(fastgen.NoiseSchedule.linear(), 20)
+PAST = fastgen.Row((fastgen.Output({"x": 0.5, "h0": 0.5}),))
 ROW = fastgen.Row((fastgen.Output({"x": 0.5, "e": 0.5}),))
 WEIGHT = torch.ones(16, 1, 1)
 

@@ -158,6 +158,56 @@ def test_nothing_of_a_samples_size_is_allocated_from_step_to_step():
             assert taken == [size], held.shape
 
 
+def unusual_runs():
+    """(plan, x, options, what the network's output is made into) of many kinds of run."""
+    x = start((2, 3, 4, 5))
+    same = lambda y, seen: y  # noqa: E731
+    late = torch.tensor([7, 2**40])
+    for plan in (DDIM, NOISY, MULTISTEP, RICH):
+        seed = {"seed": 5} if plan.stochastic else {}
+        yield plan, x, {"guided": True, "guidance_scale": 2.0, **seed}, same
+        yield plan, x, {"guided": True, "guidance_scale": [1.5, 3.0], **seed}, same
+        yield plan, x[:0], {"guided": True, "guidance_scale": 2.0, **seed}, same
+        if plan is RICH:  # which reads uncond
+            continue
+        yield plan, x, seed, same
+        yield plan, x, {"seed": [3, 4], "sample_ids": late}, same
+        yield plan, x, {"seed": 5, "sample_ids": [9, 1]}, same
+        yield plan, x[:0], seed, same
+        yield plan, x[:1, :1], seed, same
+        yield plan, x.bfloat16(), seed, lambda y, seen: y.float()
+        yield plan, x, seed, lambda y, seen: y.half()
+        yield plan, x, seed, lambda y, seen: y.double()
+        yield plan, x, seed, lambda y, seen: y.transpose(1, 2).contiguous().transpose(1, 2)
+        yield plan, x, seed, lambda y, seen: y[:, :1].expand(y.shape)
+        yield plan, x, seed, lambda y, seen: torch._neg_view(-y)
+        yield plan, x, seed, lambda y, seen: seen
+        yield plan, x, seed, lambda y, seen: seen.flip(-1)
+        yield plan, x.to(memory_format=torch.channels_last), seed, same
+        yield plan, x.transpose(0, 1)[..., ::2], seed, same
+
+
+def test_the_straight_path_has_the_bits_of_the_general_one(monkeypatch):
+    taken = []
+    straight = Loop._step_straight
+    for plan, x, options, made in unusual_runs():
+
+        def model(point, t, made=made):
+            return made(network(point, t), point)
+
+        def counted(loop, *arguments):
+            taken.append(straight(loop, *arguments))
+            return taken[-1]
+
+        monkeypatch.setattr(Loop, "_step_straight", counted)
+        quick = run(plan, x, model, **options)
+        monkeypatch.setattr(Loop, "_step_straight", lambda *_: False)
+        assert_bitwise(quick, run(plan, x, model, **options))
+        assert quick.stride() == run(plan, x, model, **options).stride()
+    assert taken.count(True) > 200
+    assert taken.count(False) > 20
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_an_output_may_be_a_view_of_an_earlier_input(guided):
     """That memory is the next sample's: the step reads a copy."""

@@ -14,6 +14,9 @@ from ..solvers.ddpm import ddpm_row
 from . import kernel
 from .dispatch import constant, is_eager
 
+_ALWAYS = frozenset(("x", "e", "denoised"))
+_SLOTS = tuple(f"h{k}" for k in range(HISTORY))
+
 
 def step(
     row: Row | Tensor,
@@ -56,6 +59,15 @@ def step(
 
     Returns y_0, or the tuple (y_0, y_1, ...). Raises TypeError or ValueError for what does not fit.
     """
+    if (
+        type(row) is Row and len(row.outputs) == 1 and outputs in (None, 1) and dtypes is None
+        and row_index is None and output_scale is None and (noise is None or row.noises == 1)
+        and type(history) in (tuple, list) and len(history) <= HISTORY
+    ):  # fmt: skip
+        result = _straight(row, x, output, uncond, known, logvar, history, guidance_scale, seed,
+                           noise, step, sample_ids, out, backend)  # fmt: skip
+        if result is not None:
+            return result
     checks.tensor("x", x)
     shape, device = x.shape, x.device
     batch = shape[0]
@@ -286,21 +298,38 @@ def _guidance(scale, uncond: Tensor | None, batch: int, device: torch.device) ->
     return guidance.float() if isinstance(guidance, Tensor) else guidance
 
 
+def _straight(row, x, output, uncond, known, logvar, history, guidance, seed, noise, step_count,
+              sample_ids, out, backend) -> Tensor | None:  # fmt: skip
+    """A row of one output straight to the kernel, where all that it takes is there; or None."""
+    if backend is not None or sample_ids is not None or x is None or output is None:
+        return None
+    draws = row.noises > 0
+    needs_source = draws and ((seed is None) == (noise is None) or
+                              (seed is not None and step_count is None))  # fmt: skip
+    unguided = uncond is None and type(guidance) is float and guidance != 1.0
+    if needs_source or unguided or not row.reads <= _there(uncond, known, history):
+        return None
+    return kernel.quick(
+        row, x, output, uncond, known, logvar, *history, noise=noise if draws else None,
+        guidance=guidance, seed=seed if draws else None, step=step_count, out=out,
+    )  # fmt: skip
+
+
+def _there(uncond, known, history) -> frozenset[str] | set[str]:
+    """The inputs that a row may read, of a call with x and output."""
+    if uncond is None and known is None and not history:
+        return _ALWAYS
+    names = [("u", uncond), ("known", known), *zip(_SLOTS, history, strict=False)]
+    return _ALWAYS | {name for name, tensor in names if tensor is not None}
+
+
 def _one_step(row, x, output, uncond, guidance, logvar, seed, noise, step_count, sample_ids, out,
               backend) -> Tensor:  # fmt: skip
-    """``step`` for one output: straight to the kernel, or by way of every check."""
-    if backend is None and sample_ids is None and x is not None and output is not None:
-        draws = row.noises > 0
-        unguided = uncond is None and type(guidance) is float and guidance != 1.0
-        needs_source = draws and ((seed is None) == (noise is None) or
-                                  (seed is not None and step_count is None))  # fmt: skip
-        if not needs_source and not unguided:
-            result = kernel.quick(
-                row, x, output, uncond, None, logvar, noise=noise if draws else None,
-                guidance=guidance, seed=seed if draws else None, step=step_count, out=out,
-            )  # fmt: skip
-            if result is not None:
-                return result
+    """``step`` for one output of x and the network's, with errors that name its arguments."""
+    result = _straight(row, x, output, uncond, None, logvar, (), guidance, seed, noise, step_count,
+                       sample_ids, out, backend)  # fmt: skip
+    if result is not None:
+        return result
     checks.tensor("x", x)
     checks.like("model_output", output, "x", x)
     shape, device = x.shape, x.device
