@@ -13,9 +13,6 @@ from fastgen import testing
 from fastgen.bench.cases import DCGAN, VOCODER, Case
 from fastgen.bench.variants import compiled, on_backends
 
-FREEZING = {"options": {"freezing": True}}
-AUTOTUNED = {"cpu": {}, "cuda": {"max-autotune": {"mode": "max-autotune-no-cudagraphs"}}}
-
 
 class Layer:
     """One layer's operands, and the two ways to compute it."""
@@ -68,15 +65,17 @@ class Layer:
 
     def race(self, race, case: Case) -> None:
         exact = testing.oracle(self.eager, self.x, self.weight)
-        frozen = Frozen(self).eval()
         variants = {
             **on_backends("conv_transpose", self.on, case, self.device),
             "eager": self.eager,
-            **compiled(self.eager, self.device, **AUTOTUNED[self.device.type]),
-            "compile freezing": compiled(frozen, self.device, freezing=FREEZING)[
-                "compile freezing"
-            ],
+            **compiled(self.eager, self.device),
+            "compile freezing": torch.compile(
+                Frozen(self), dynamic=False, options={"freezing": True}
+            ),
         }
+        if self.device.type == "cuda":
+            mode = "max-autotune-no-cudagraphs"
+            variants["compile autotuned"] = torch.compile(self.eager, dynamic=False, mode=mode)
         if self.dims == 2:
             x, weight = (t.to(memory_format=torch.channels_last) for t in (self.x, self.weight))
             variants["fastgen channels_last"] = lambda *_: self.ours(x, weight)
@@ -85,7 +84,9 @@ class Layer:
         def check(name, result, given):
             layout = " channels_last" * name.endswith("channels_last")
             theirs = variants[f"eager{layout}"](*given)
-            testing.assert_close_to_oracle(result, theirs, exact)
+            # a peer need only compute the same: its roundings are its own
+            times = 2.0 if name.startswith("fastgen") else 10.0
+            testing.assert_close_to_oracle(result, theirs, exact, times)
 
         race(case, variants, [(self.x, self.weight)], check)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,6 +36,9 @@ class Record:
     allocated: int
     operators: int
     launches: int
+    shape: tuple[int, ...] = ()  # of the operands
+    host: float = 0.0  # microseconds of the host's a call, where a device runs it
+    size: int = 0  # bytes of what was built
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -79,8 +83,9 @@ def load(path: Path) -> Results:
 def _record(entry: dict[str, Any]) -> Record:
     info, stats = entry["extra_info"], entry["stats"]
     timing = Timing(tuple(1e6 * t for t in stats["data"]), stats["iterations"])
-    low, _, high = statistics.quantiles(timing.rounds, n=4, method="inclusive")
+    low, _, high = statistics.quantiles(timing.rounds * 2, n=4, method="inclusive")
     known = {f.name: info[f.name] for f in fields(Record) if f.name in info}
+    known["shape"] = tuple(known.get("shape", ()))
     return Record(**known, median=timing.median, p99=timing.p99, minimum=timing.minimum,
                   quartile=low, spread=(high - low) / timing.median)  # fmt: skip
 
@@ -90,10 +95,11 @@ def _record(entry: dict[str, Any]) -> Record:
 
 def show(results: Results) -> None:
     """A table an op: µs a call, the share of the machine's rate, and each peer over fastgen."""
-    console = Console(width=None if Console().is_terminal else 150)
+    console = Console(width=None if Console().is_terminal else 200)
     console.print(describe(results.machine))
-    if "diffusers" not in results.machine:
-        console.print("left out, since it is not installed: diffusers")
+    missing = [name for name in ("diffusers", "k-diffusion") if name not in results.machine]
+    if missing:
+        console.print(f"left out, since it is not installed: {', '.join(missing)}")
     for op in dict.fromkeys(record.op for record in results.records):
         console.print(_table(op, results))
 
@@ -101,7 +107,7 @@ def show(results: Results) -> None:
 def describe(machine: dict[str, Any]) -> str:
     """The machine in a line."""
     parts = [machine.get("gpu") or machine["processor"], f"{machine['threads']} threads"]
-    names = ("torch", "triton", "diffusers")
+    names = ("torch", "triton", "diffusers", "k-diffusion", "driver")
     parts += [f"{name} {machine[name]}" for name in names if name in machine]
     parts += [f"fastgen {machine['version']}", f"{machine['gemm_gflops']:.0f} GFLOP/s (matmul)"]
     return ", ".join(parts)
@@ -117,22 +123,35 @@ def _table(op: str, results: Results) -> Table:
     table.add_column("fastgen\nµs (p99)", justify="right")
     table.add_column("GFLOP/s" if heavy else "GB/s", justify="right")
     table.add_column("of matmul's" if heavy else "of copy_'s", justify="right")
-    table.add_column("bytes\nallocated", justify="right")
+    built = any(found["fastgen"].size for found in cases.values() if "fastgen" in found)
+    table.add_column("bytes of\nthe wheel" if built else "bytes\nallocated", justify="right")
+    on_gpu = "gpu" in results.machine
+    if on_gpu:
+        table.add_column("launches", justify="right")
+        table.add_column("host µs", justify="right")
     for name in peers:
         table.add_column(f"{name}\nover ours", justify="right")
     for (_, case), found in cases.items():
         ours = found.get("fastgen")
         if ours is None:
             continue
-        cells = [case, f"{ours.median:.1f} ({ours.p99:.1f})"]
+        cells = [case, _time(ours)]
         rate = f"{ours.gflops if heavy else ours.gbps:.1f}" if ours.bytes else ""
         cells += [rate, share(found, results)]
-        cells.append(f"{ours.allocated:,}")
+        cells.append(f"{ours.size or ours.allocated:,}")
+        if on_gpu:
+            cells += [str(ours.launches), f"{ours.host:.1f}"]
         for name in peers:
             peer = found.get(name)
             cells.append(f"{peer.median / ours.median:.2f}x" if peer else "")
         table.add_row(*cells)
     return table
+
+
+def _time(record: Record) -> str:
+    if record.median >= 1e6:
+        return f"{record.median / 1e6:.2f} s"
+    return f"{record.median:.1f} ({record.p99:.1f})"
 
 
 def share(found: dict[str, Record], results: Results) -> str:
@@ -148,10 +167,7 @@ def share(found: dict[str, Record], results: Results) -> str:
 
 
 def _tensor_bytes(record: Record) -> int:
-    count = 1
-    for size in record.case.strip("()").split(","):
-        count *= int(size) if size.strip() else 1
-    return 4 * count
+    return 4 * math.prod(record.shape)
 
 
 # ---- comparison ----------------------------------------------------------------------------------
@@ -218,8 +234,9 @@ def draw(results: Results, folder: Path) -> list[Path]:
     return written
 
 
-COLORS = {"eager": "#d1495b", "compile": "#edae49", "diffusers": "#00798c", "torch.add": "#30638e",
-          "copy_": "#999999", "fastgen": "#003d5b", "fastgen with noise": "#5f0f40"}  # fmt: skip
+COLORS = {"eager": "#d1495b", "compile": "#edae49", "diffusers": "#00798c",
+          "k-diffusion": "#8f5ea2", "torch.add": "#30638e", "copy_": "#999999",
+          "fastgen": "#003d5b", "fastgen with noise": "#5f0f40"}  # fmt: skip
 
 
 def _speedups(results: Results, pyplot):
@@ -248,7 +265,7 @@ def _speedups(results: Results, pyplot):
 
 
 def _peers(found: dict[str, Record]) -> list[str]:
-    return [name for name in ("eager", "compile", "diffusers") if name in found]
+    return [name for name in ("eager", "compile", "diffusers", "k-diffusion") if name in found]
 
 
 def _roofline(results: Results, pyplot):

@@ -1,47 +1,34 @@
 """What can be said of the GPU kernels without a GPU: ``python -m fastgen.bench.static_checks``.
 
 Compiles csrc/cuda and the Triton kernels for every architecture of a release and holds each kernel
-that promises bits to: no stack and no local memory; 16-byte accesses where its layout is dense; no
-floating-point instruction but those that IEEE 754 defines; registers within a limit. Prints one
-table; exits with 1 on a breach. Parts whose tools are missing are named and left out.
+to static_limits.toml: registers, resident warps, the width of its accesses, no spills; and one that
+promises bits to the floating-point instructions that IEEE 754 defines. Prints one table; exits with
+1 on a breach. Parts whose tools are missing are named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ARCHITECTURES = (80, 90, 100)
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of a multiprocessor
 
 # As in csrc/cuda/cuda.cmake.
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
-
-# Most registers a thread, by the start of the kernel's name: 80 leaves a multiprocessor 24 warps;
-# 168, for the kernels that hold every input and normal at once, 12.
-REGISTERS = {
-    "step_kernel<strided, many": 168,
-    "step_kernel<float32, many": 168,
-    "step_kernel<mixed, many": 168,
-    "step_kernel<strided": 96,
-    "step_kernel": 80,
-    "reparameterize_kernel": 64,
-    "backward_kernel": 80,
-    "moments_kernel": 64,
-    "divergence_kernel": 40,
-    "rescale_kernel": 48,
-    "triton everything": 255,
-    "triton": 168,
-}
 
 # PTX instructions on floating-point values that every IEEE 754 machine rounds alike, or that do not
 # round. An add or a multiply without .rn may be contracted by the assembler.
@@ -61,11 +48,23 @@ class Kernel:
     name: str
     architecture: int
     registers: int
-    stack: int
-    wide_loads: int = 0
-    wide_stores: int = 0
+    shared: int  # bytes a block
+    stack: int  # bytes a thread
+    threads: int = 0  # a block, at most
+    loads: Counter[int] = field(default_factory=Counter)  # from global memory, by their bytes
+    stores: Counter[int] = field(default_factory=Counter)
     instructions: int = 0
     breaches: list[str] = field(default_factory=list)
+
+    @property
+    def warps(self) -> int:
+        """Resident on a multiprocessor: by the registers, given to warps in steps of 256, and by
+        shared memory, of which each block takes 1 KiB more (CUDA C++ Programming Guide, compute
+        capabilities)."""
+        a_block = -(-self.threads // 32)
+        for_registers = 65536 // (-(-self.registers * 32 // 256) * 256) // a_block
+        for_shared = SHARED[self.architecture] // (self.shared + 1024)
+        return min(64 // a_block, 32, for_registers, for_shared) * a_block
 
 
 def toolkit_program(name: str) -> str | None:
@@ -125,19 +124,31 @@ def inspect(cubin: Path, architecture: int, cuobjdump: str) -> dict[str, Kernel]
         ).stdout
 
     kernels = {}
-    usage = re.compile(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
-    for symbol, registers, stack, local in usage.findall(dump("-res-usage")):
-        size = int(stack) + int(local)
-        kernels[symbol] = Kernel(symbol, architecture, int(registers), size)
+    usage = re.compile(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+    for symbol, *numbers in usage.findall(dump("-res-usage")):
+        registers, stack, shared, local = map(int, numbers)
+        kernels[symbol] = Kernel(symbol, architecture, registers, shared, stack + local)
     for part in re.split(r"Function : ", dump("-sass"))[1:]:
         symbol, code = part.split(None, 1)
         kernel = kernels[symbol]
-        kernel.wide_loads = len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128", code))
-        kernel.wide_stores = len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128", code))
+        kernel.loads = Counter(map(width, re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)))
+        kernel.stores = Counter(map(width, re.findall(r"\bSTG\.E[.\w]*", code)))
         kernel.instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE))
         if re.search(r"\b(LDL|STL)\b", code):
             kernel.breaches.append("local memory")
     return kernels
+
+
+def width(access: str) -> int:
+    """Bytes that a thread moves by LDG.E.128.CONSTANT and the like; without a number, four."""
+    found = re.search(r"\.[US]?(8|16|64|128|256)\b", access)
+    return int(found[1]) // 8 if found else 4
+
+
+def threads_of(ptx: str) -> int:
+    """Of a block, by what the kernel was compiled for."""
+    found = re.search(r"\.(?:max|req)ntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", ptx)
+    return math.prod(int(n or 1) for n in found.groups()) if found else 1024
 
 
 def compile_cuda(file: Path, architecture: int, folder: Path) -> tuple[Path, str]:
@@ -159,17 +170,12 @@ def cuda_kernels(csrc: Path, architectures, cuobjdump: str, folder: Path) -> Ite
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda job: compile_cuda(*job, folder), jobs))
     for (_, architecture), (cubin, ptx) in zip(jobs, results, strict=True):
-        breaches = {}
-        for text in re.split(r"(?=\.entry )", ptx)[1:]:
-            breaches[re.match(r"\.entry (\w+)", text)[1]] = inexact(text)
+        entries = {re.match(r"\.entry (\w+)", text)[1]: text
+                   for text in re.split(r"(?=\.entry )", ptx)[1:]}  # fmt: skip
         for symbol, kernel in inspect(cubin, architecture, cuobjdump).items():
             kernel.name = readable(symbol)
-            kernel.breaches += [f"PTX {m}" for m in sorted(breaches[symbol])]
-            if "float32" in kernel.name or "mixed" in kernel.name:
-                if not kernel.wide_loads:
-                    kernel.breaches.append("no 16-byte load")
-                if not kernel.wide_stores and not kernel.name.startswith("moments"):
-                    kernel.breaches.append("no 16-byte store")
+            kernel.threads = threads_of(entries[symbol])
+            kernel.breaches += [f"PTX {m}" for m in sorted(inexact(entries[symbol]))]
             yield kernel
 
 
@@ -177,38 +183,62 @@ def triton_kernels(architectures, cuobjdump: str, folder: Path) -> Iterator[Kern
     from fastgen.kernels import aot
 
     for architecture in architectures:
-        for case, (name, ptx, binary) in enumerate(aot.compile_all(architecture)):
+        for case, (name, ptx, binary, shared) in enumerate(aot.compile_all(architecture)):
             cubin = folder / f"triton.{architecture}.{case}.cubin"
             cubin.write_bytes(binary)
             for kernel in inspect(cubin, architecture, cuobjdump).values():
-                kernel.name = f"triton {name}"
-                kernel.breaches += [f"PTX {m}" for m in sorted(inexact(ptx))]
+                kernel.name, kernel.shared = f"triton {name}", shared
+                kernel.threads = threads_of(ptx)
+                if not name.startswith("conv_transpose"):  # matrix products promise no bits
+                    kernel.breaches += [f"PTX {m}" for m in sorted(inexact(ptx))]
                 yield kernel
 
 
-def judge(kernel: Kernel) -> None:
-    """Adds the breaches that are the same for every kernel, and drops those of matrix products,
-    which promise no bits: the table shows what they use."""
-    if "conv_transpose" in kernel.name:
-        kernel.breaches.clear()
-        return
+def limits() -> list[dict]:
+    return tomllib.loads((Path(__file__).parent / "static_limits.toml").read_text())["kernel"]
+
+
+def judge(kernel: Kernel, limits: list[dict]) -> None:
+    """Adds the breaches of the limits that hold the kernel."""
     if kernel.stack:
         kernel.breaches.append(f"{kernel.stack} bytes of stack")
-    limit = next((v for k, v in REGISTERS.items() if kernel.name.startswith(k)), None)
-    if limit is None:
-        kernel.breaches.append("no register limit in REGISTERS")
-    elif kernel.registers > limit:
-        kernel.breaches.append(f"more than {limit} registers")
+    held = next((entry for entry in limits if kernel.name.startswith(entry["name"])), None)
+    if held is None:
+        kernel.breaches.append("no entry in static_limits.toml")
+        return
+    if kernel.registers > held["registers"]:
+        kernel.breaches.append(f"more than {held['registers']} registers")
+    if kernel.warps < held["warps"]:
+        kernel.breaches.append(f"fewer than {held['warps']} warps")
+    for what, found in (("loads", kernel.loads), ("stores", kernel.stores)):
+        if what in held and max(found, default=0) < held[what]:
+            kernel.breaches.append(f"no {what} of {held[what]} bytes")
+
+
+def normals_cost(kernels: list[Kernel]) -> dict[int, int]:
+    """By architecture, the instructions of four normals: what the step kernel has more of where it
+    draws them. Each takes an issue slot of a warp, which is what bounds noise on a large GPU."""
+    lengths = {(k.name, k.architecture): k.instructions for k in kernels}
+    return {
+        architecture: lengths["step_kernel<float32, draws>", architecture] - plain
+        for (name, architecture), plain in lengths.items()
+        if name == "step_kernel<float32>"
+    }
 
 
 def show(kernels: list[Kernel]) -> None:
-    line = "{:<48} {:>6} {:>9} {:>5} {:>13} {:>6}  {}"
-    print(
-        line.format("kernel", "arch", "registers", "stack", "16-byte ld/st", "length", "breaches")
-    )
+    line = "{:<46} {:>6} {:>9} {:>6} {:>6} {:>5} {:>5} {:>12} {:>12} {:>6}  {}"
+    print(line.format("", "", "", "shared", "", "", "", "loads", "stores", "instr.", ""))
+    print(line.format("kernel", "arch", "registers", "bytes", "spills", "warps", "of 64",
+                      "count x bytes", "", "", "breaches"))  # fmt: skip
     for k in sorted(kernels, key=lambda k: (k.name, k.architecture)):
-        wide, breaches = f"{k.wide_loads}/{k.wide_stores}", "; ".join(k.breaches)
-        values = (f"sm_{k.architecture}", k.registers, k.stack, wide, k.instructions, breaches)
+        loads, stores = (
+            " ".join(f"{count}x{size}" for size, count in sorted(found.items(), reverse=True))
+            for found in (k.loads, k.stores)
+        )
+        values = (f"sm_{k.architecture}", k.registers, k.shared, k.stack, k.warps,
+                  f"{k.warps / 64:.0%}", loads, stores, k.instructions,
+                  "; ".join(k.breaches))  # fmt: skip
         print(line.format(k.name, *values).rstrip())
 
 
@@ -237,9 +267,12 @@ def main(arguments: list[str] | None = None) -> int:
             print("Triton kernels: left out, TRITON_INTERPRET is set")
         else:
             kernels += triton_kernels(architectures, cuobjdump, folder)
+    held = limits()
     for kernel in kernels:
-        judge(kernel)
+        judge(kernel, held)
     show(kernels)
+    for architecture, slots in normals_cost(kernels).items():
+        print(f"four normals on sm_{architecture}: {slots} instructions")
     broken = sum(bool(k.breaches) for k in kernels)
     print(f"{len(kernels)} kernels, {broken} with a breach")
     return 1 if broken else 0

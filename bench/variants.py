@@ -1,4 +1,4 @@
-"""What a machine can run of a computation: fastgen's backends, torch.compile's ways, CUDA graphs."""
+"""The ways to run a computation here: fastgen's backends, torch.compile's modes, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -30,17 +30,15 @@ def on_backends(op: str, make: Callable[[str | None], Run], case: Case, device) 
     return found
 
 
-def compiled(function: Run, device, **options: Any) -> dict[str, Run]:
+def compiled(function: Run, device) -> dict[str, Run]:
     """torch.compile of a function for one shape; on a GPU also with the CUDA graphs of its mode
     reduce-overhead. (max-autotune chooses among kernels for matrix products; a chain of pointwise
-    operators has none. options: further ways of Inductor's, a name and its settings each.)
+    operators has none.)
     """
     torch.compiler.reset()  # every case is compiled anew, far from the limit of recompilations
     found = {"compile": torch.compile(function, dynamic=False)}
     if device.type == "cuda":
         found["compile graphs"] = torch.compile(function, dynamic=False, mode="reduce-overhead")
-    for name, settings in options.items():
-        found[f"compile {name}"] = torch.compile(function, dynamic=False, **settings)
     return found
 
 

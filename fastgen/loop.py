@@ -71,9 +71,13 @@ class Loop:
             self._seed = checks.seed(seed, self._batch, x.device)
             self._ids = checks.sample_ids(sample_ids, self._batch, x.device)
         guidance = checks.per_sample("guidance_scale", guidance_scale, self._batch, x.device)
-        self._guidance = guidance.float() if isinstance(guidance, Tensor) else guidance
-        self._weighs = float(guidance) if not isinstance(guidance, Tensor) else (
-            self._guidance.contiguous(), int(guidance.numel() > 1))  # fmt: skip
+        self._guidance: float | Tensor = guidance
+        self._packed_guidance: float | tuple[Tensor, int]
+        if isinstance(guidance, Tensor):
+            self._guidance = guidance.float()
+            self._packed_guidance = (self._guidance.contiguous(), int(guidance.numel() > 1))
+        else:
+            self._packed_guidance = float(guidance)
         self._rows = (
             [_with_input(row) for row in plan.rows[:-1]] if guided else list(plan.rows[:-1])
         )
@@ -217,8 +221,9 @@ class Loop:
         targets = self._targets()
         seed = self._seed if row.noises else None
         if not self._native.loop_step(
-            self._x, output, uncond, tuple(self.history), targets, row.packed, self._weighs, seed,
-            self._ids, self.index, kernel.STEP_STREAMS, halves, torch.get_num_threads(),
+            self._x, output, uncond, tuple(self.history), targets, row.packed,
+            self._packed_guidance, seed, self._ids, self.index, kernel.STEP_STREAMS, halves,
+            torch.get_num_threads(),
         ):  # fmt: skip
             return False
         increment_version(targets)
@@ -328,7 +333,7 @@ def _with_input(row: Row) -> Row:
     return replace(row, outputs=(*row.outputs, replace(row.outputs[0], target="input")))
 
 
-def _kept_apart(output: Tensor, targets: list[Tensor]) -> Tensor:
+def _kept_apart(output: Tensor, targets: Sequence[Tensor]) -> Tensor:
     """The network's output, copied where it is a view of memory that the step writes: of an input
     two steps old, or of history."""
     return output.clone() if any(checks.overlaps_partly(t, output) for t in targets) else output

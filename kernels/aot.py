@@ -11,8 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import conv_transpose, guidance, reparameterize, step
-from .tile import OPTIONS
+from . import conv_transpose, guidance, reparameterize, step, tile
 
 
 def source(kernel, arguments: dict) -> ASTSource:
@@ -36,13 +35,14 @@ def source(kernel, arguments: dict) -> ASTSource:
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
-def compile_all(capability: int) -> Iterator[tuple[str, str, bytes]]:
-    """(name, PTX, cubin) of representative cases of each kernel.
+def compile_all(capability: int) -> Iterator[tuple[str, str, bytes, int]]:
+    """(name, PTX, cubin, bytes of shared memory) of representative cases of each kernel.
 
     capability: 80, 90 or 100, as in sm_80.
     """
     target = GPUTarget("cuda", capability, 32)
     for module in (step, reparameterize, guidance, conv_transpose):
         for name, kernel, arguments in module.specializations():
-            compiled = triton.compile(source(kernel, arguments), target=target, options=OPTIONS)
-            yield name, compiled.asm["ptx"], compiled.asm["cubin"]
+            options = getattr(module, "OPTIONS", tile.OPTIONS)
+            compiled = triton.compile(source(kernel, arguments), target=target, options=options)
+            yield name, compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared

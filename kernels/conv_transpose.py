@@ -21,7 +21,7 @@ NORMAL = _floats("""0x1.433c88p-4 -0x1.732474p-3 0x1.c2c604p-4 -0x1.122a32p-4 0x
                     0x1.adac6ep-4 0x1.5be6d8p-4 -0x1.883b8ap-3 -0x1.3108c0p-1""")
 
 # Not an exact kernel: the product may be contracted.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 ACTIVATIONS = {
     None: 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "silu": 5, "gelu": 6,
@@ -190,10 +190,11 @@ def _blocks(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> dict[st
     def block(size: int, most: int) -> int:
         return min(most, max(16, triton.next_power_of_2(size)))
 
+    wide = dtype is torch.float32  # whose larger tiles would not fit the registers
     return {
         "BLOCK_M": block(rows, 64),
-        "BLOCK_N": block(outputs, 64),
-        "BLOCK_K": block(inputs, 16 if dtype is torch.float32 else 32),
+        "BLOCK_N": block(outputs, 32 if wide else 64),
+        "BLOCK_K": block(inputs, 16 if wide else 32),
     }
 
 
@@ -227,7 +228,7 @@ def conv_transpose(
 
 def specializations():
     """(name, kernel, arguments) of representative cases, as aot.source reads them."""
-    for dtype, block_k in (("fp32", 16), ("bf16", 32), ("fp16", 32)):
+    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         for activation in ("relu", "tanh", "gelu"):
             tensor, vector = f"*{dtype}:16", "*fp32:16"
             folded = vector if activation == "relu" else None
@@ -240,5 +241,5 @@ def specializations():
                 "x_stride": ("i32",) * 4 + (1,), "weight_stride": ("i32",) * 4 + (1,),
                 "out_stride": ("i32",) * 4 + (1,),
                 "ACTIVATION": ACTIVATIONS[activation], "WIDEN": False,
-                "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k,
+                **_blocks(1 << 20, 512, 512, kind),
             }  # fmt: skip

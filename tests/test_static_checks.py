@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -36,3 +37,44 @@ def test_every_kernel_keeps_the_limits():
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def kernel(name="step_kernel<float32>", **numbers):
+    known = {"registers": 70, "shared": 0, "stack": 0, "threads": 256}
+    loads, stores = Counter({16: 7}), Counter({16: 4})
+    given = {**known, "loads": loads, "stores": stores, **numbers}
+    return static_checks.Kernel(name, 90, **given)
+
+
+def test_warps_are_those_of_the_occupancy_calculator():
+    assert kernel(registers=32).warps == 64
+    assert kernel(registers=70).warps == 24  # 72 a thread: 28 warps, three blocks of eight
+    assert kernel(registers=168, threads=128).warps == 12
+    assert kernel(registers=255).warps == 8
+    assert kernel(registers=16, threads=32).warps == 32  # 32 blocks at most
+    assert kernel(registers=16, threads=1024).warps == 64
+    assert kernel(registers=16, shared=100 << 10).warps == 16  # two blocks' shared memory
+
+
+def test_widths_are_read_off_the_instruction():
+    cases = {"LDG.E": 4, "LDG.E.128": 16, "LDG.E.U16.CONSTANT": 2, "STG.E.EF.64": 8, "LDG.E.S8": 1,
+             "LDGSTS.E.BYPASS.128.ZFILL": 16}  # fmt: skip
+    for instruction, bytes_ in cases.items():
+        assert static_checks.width(instruction) == bytes_
+
+
+@pytest.mark.parametrize(
+    ("change", "breach"),
+    [
+        ({}, []),
+        ({"stack": 8}, ["8 bytes of stack"]),
+        ({"registers": 90}, ["more than 80 registers", "fewer than 24 warps"]),
+        ({"loads": Counter({4: 7})}, ["no loads of 16 bytes"]),
+        ({"stores": Counter()}, ["no stores of 16 bytes"]),
+        ({"name": "another_kernel"}, ["no entry in static_limits.toml"]),
+    ],
+)
+def test_a_breach_of_the_limits_is_named(change, breach):
+    found = kernel(**change)
+    static_checks.judge(found, static_checks.limits())
+    assert found.breaches == breach
