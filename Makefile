@@ -10,7 +10,7 @@ torch := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 # CUDA kernels where a GPU could run them; elsewhere the tests compile them on their own.
 cuda := $(if $(wildcard /dev/nvidiactl),ON,OFF)
 cpp := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-test_parts := lint types native static-checks pytest
+test_parts := lint types native gpu-rehearsal pytest
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -71,7 +71,10 @@ bench: build ## times of every op
 	    > bench/results/cpu.txt; status=$$?; cat bench/results/cpu.txt; exit $$status
 
 gpu-check: ## all that only a GPU can show, by the python that has torch; DRY=1 rehearses it
-	$(PYTHON) bench/gpu_check.py $(if $(DRY),--dry)
+	$(if $(DRY),$(MAKE) --no-print-directory gpu-rehearsal,$(PYTHON) bench/gpu_check.py)
+
+gpu-rehearsal: build ## gpu-check as far as it goes without a GPU, static-checks included
+	$(python) bench/gpu_check.py --dry
 
 format: build ## ruff and clang-format, in place
 	$(bin)/ruff check --fix

@@ -1,13 +1,13 @@
-"""Parts of bench/gpu_check.py that need a device of their own: streams, graphs, sizes and times."""
+"""Parts of bench/gpu_check.py that need a device of their own: streams, graphs and sizes."""
 
 from __future__ import annotations
 
-import statistics
+import subprocess
 
 import torch
 
 import fastgen
-from fastgen import Output, Row, backends
+from fastgen import Output, Row
 from fastgen.bench.gpu_parts import Parity, made, row_of_everything
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -40,7 +40,22 @@ def streams(device: torch.device, dry: bool) -> dict:
         side.synchronize()
         parity(f"{backend} ddpm_step", y, expected)
         parity(f"{backend} reparameterize", z, expected_z)
+        two_at_once(parity, backend, [v.to(device) for v in (x, output)], expected)
     return parity.result()
+
+
+def two_at_once(parity: Parity, backend: str, operands: list[torch.Tensor], expected) -> None:
+    """Two streams run the same kernels at the same time, each on memory of its own."""
+    sides = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results: list[list[torch.Tensor]] = [[], []]
+    for _ in range(50):
+        for side, kept in zip(sides, results, strict=True):
+            with torch.cuda.stream(side):
+                kept.append(fastgen.ddpm_step(*operands, 0.4, 0.6, seed=3, step=1, backend=backend))
+    torch.cuda.synchronize()
+    for kept in results:
+        parity(f"{backend} on two streams at once", tuple(kept), (expected,) * len(kept))
 
 
 def graphs(device: torch.device, dry: bool) -> dict:
@@ -170,57 +185,49 @@ def conv_transpose(device: torch.device, dry: bool) -> dict:
     }
 
 
-def timing(device: torch.device, dry: bool) -> dict:
-    """µs a call, launch included, and GB/s, beside a copy in the same run."""
-    names = [n for n in GPU_BACKENDS if not backends.refusal("step", n, device.type, FLOAT32)]
-    rows: list[dict] = []
-    print(f"{'dtype':<9} {'elements':>9}  {'op':<24} {'µs':>9} {'GB/s':>8}")
-    for dtype in (FLOAT32, BFLOAT16):
-        for exponent in range(10, 27, 2):
-            count = 1 << exponent
-            x, output, out = (torch.randn(1, count, device=device).to(dtype) for _ in range(3))
-            runs = {"copy": (2, lambda o=out, x=x: o.copy_(x))}
-            for name in names:
-                runs |= step_runs(name, x, output, out)
-            for what, (tensors, call) in runs.items():
-                micros = median_micros(call)
-                speed = tensors * count * x.element_size() / micros / 1e3
-                rows.append({"dtype": str(dtype), "elements": count, "op": what, "us": micros,
-                             "gb_per_s": speed})  # fmt: skip
-                print(f"{str(dtype)[6:]:<9} 2^{exponent:<7}  {what:<24} {micros:9.2f} {speed:8.0f}")
-    top = {r["op"]: r["gb_per_s"] for r in rows if r["elements"] == 1 << 26 and "32" in r["dtype"]}
-    share = {k: f"{v / top['copy']:.0%}" for k, v in top.items() if k != "copy"}
-    return {"rows": rows, "summary": f"of the copy's bandwidth at 2^26 float32: {share}"}
+def benchmarks(device: torch.device, dry: bool, folder) -> dict:
+    """The benchmarks' cases on this device, their tables and pictures."""
+    from fastgen.bench import report
+    from fastgen.bench.run import run
+
+    ops = ["forward"] if dry else [
+        "sizes", "step", "guidance", "forward", "noise", "reparameterize", "conv_transpose",
+        "sampling",
+    ]  # fmt: skip
+    file = folder / "bench.json"
+    file.touch()
+    status = run(ops, file, against="eager,copy_" if dry else "", quick=True, device=device.type)
+    results = report.load(file)
+    report.show(results)
+    report.draw(results, folder)
+    return {"failures": status, "summary": f"{len(results.records)} variants timed"}
 
 
-def step_runs(name: str, x, output, out) -> dict:
-    """op: (tensors read and written, call)."""
-    return {
-        f"{name} ddim_step": (3, lambda: fastgen.ddim_step(
-            x, output, 0.4, 0.6, out=out, backend=name)),
-        f"{name} ddpm_step": (3, lambda: fastgen.ddpm_step(
-            x, output, 0.4, 0.6, seed=1, step=2, out=out, backend=name)),
-        f"{name} randn": (1, lambda: fastgen.randn(
-            x.shape, seed=1, device=x.device, dtype=x.dtype, out=out, backend=name)),
-        f"{name} reparameterize": (3, lambda: fastgen.reparameterize(
-            x, output, seed=1, step=0, out=out, backend=name)),
-    }  # fmt: skip
+def limits(device: torch.device, dry: bool, folder) -> dict:
+    """What the benchmarks' results must reach on a GPU."""
+    from fastgen.bench import report, static_checks
+    from fastgen.bench.gpu_limits import Machine, verdicts
+
+    if not (folder / "bench.json").exists():
+        return {"summary": "nothing was timed: left out"}
+    results = report.load(folder / "bench.json")
+    counts = static_checks.limits()["normals"]
+    if dry:
+        machine = Machine(132, 1.98e9, counts["sm_90"])
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        name = f"sm_{properties.major}{properties.minor}"
+        slots = counts.get(name, counts["sm_90"])
+        machine = Machine(properties.multi_processor_count, clock(), slots)
+    found = verdicts(results, machine)
+    missed = [v for v in found if not v.good]
+    print(*found, sep="\n")
+    summary = f"{len(missed)} of {len(found)} limits missed"
+    return {"failures": 0 if dry else len(missed), "summary": summary,
+            "verdicts": [str(v) for v in found]}  # fmt: skip
 
 
-def median_micros(call, rounds: int = 7, budget_us: float = 4000.0) -> float:
-    """Median over rounds of as many calls as fill the budget."""
-    for _ in range(3):
-        call()
-
-    def measured(repeats: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e3 / repeats
-
-    repeats = max(5, min(400, int(budget_us / max(measured(3), 1.0))))
-    return statistics.median(measured(repeats) for _ in range(rounds))
+def clock() -> float:
+    """The multiprocessors' highest, in Hz."""
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    return 1e6 * float(subprocess.check_output(query, text=True).splitlines()[0])

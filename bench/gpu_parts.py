@@ -42,6 +42,7 @@ import torch  # noqa: E402
 
 import fastgen  # noqa: E402
 from fastgen import Output, Row, backends  # noqa: E402
+from fastgen.testing import LAYOUTS, bits, laid_out, sample_tensor  # noqa: E402
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DRY = "--dry" in sys.argv
@@ -50,38 +51,13 @@ SHAPES = ((1, 8), (3, 3, 5, 7), (2, 4, 6, 8)) if DRY else (
     (1, 8), (1, 1), (7, 20), (3, 3, 5, 7), (2, 4, 64, 64), (2, 1023), (2, 3, 100, 96),
     (300, 3, 16, 16), (70000, 4), (2, 4, 3, 24, 40),
 )  # fmt: skip
-LAYOUTS = ("contiguous", "channels_last", "half", "offset", "sliced", "expanded")
 MIXES = ((FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16), (FLOAT16, FLOAT16), (FLOAT32, BFLOAT16),
          (BFLOAT16, FLOAT32))  # fmt: skip
 
 
 def made(shape, dtype, layout: str, seed: int, device=None) -> torch.Tensor:
     """The same values and strides on any device."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator)
-    if values.numel() > 100:
-        special = torch.tensor([0.0, -0.0, 1e-40, -1e-40, torch.inf, -torch.inf, torch.nan, 3e38])
-        values.view(-1)[:64:8] = special
-    values = values.to(dtype).to(device or torch.device("cpu"))
-    if layout == "channels_last" and len(shape) > 2:
-        return values.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout == "half" and len(shape) > 1:
-        room = values.new_zeros((shape[0], 2 * shape[1], *shape[2:]))
-        return room[:, shape[1] :].copy_(values)
-    if layout == "offset":
-        return values.new_zeros(values.numel() + 1)[1:].view(shape).copy_(values)
-    if layout == "sliced":
-        room = values.new_zeros((*shape[:-1], 2 * shape[-1] + 1))
-        return room[..., 1::2].copy_(values)
-    if layout == "expanded" and len(shape) > 1:
-        return values[:, :1].expand(shape)
-    return values
-
-
-def bits(value: torch.Tensor) -> torch.Tensor:
-    value = value.detach().cpu().contiguous()
-    words = value.view(torch.int32 if value.element_size() == 4 else torch.int16)
-    return torch.where(value.isnan(), torch.full_like(words, -1), words)
+    return laid_out(sample_tensor(shape, dtype, seed=seed, special=True).to(device), layout)
 
 
 def candidates(op: str) -> list[str]:
@@ -113,7 +89,7 @@ class Parity:
             strict=True,
         )
         self.calls += 1
-        wrong = [int((bits(a) != bits(e)).sum()) for a, e in pairs]
+        wrong = [int((bits(a.cpu()) != bits(e)).sum()) for a, e in pairs]
         if any(wrong):
             self.failures += 1
             if self.failures <= 20:
@@ -318,6 +294,38 @@ def parity_of(calls, op: str, shapes) -> dict:
     return parity.result()
 
 
+def small() -> dict:
+    """One call of every kernel on small tensors, for the sanitizer to watch."""
+    calls = 0
+    for shape in ((2, 3, 5, 7), (2, 1030)):
+        for dtype, other in MIXES[1:2] if DRY else MIXES[1::2]:
+            for layout in ("contiguous", "strided"):
+                for make in (pointwise_calls, reduction_calls, gradient_calls):
+                    for _, call in make(shape, dtype, other, layout):
+                        for name in ("triton",) if DRY else ("cuda", "triton"):
+                            call(name, DEVICE)
+                            calls += 1
+    x, weight = torch.randn(2, 5, 4, 4), torch.randn(5, 3, 4, 4)
+    fastgen.conv_transpose2d(x.to(DEVICE), weight.to(DEVICE), stride=2, padding=1,
+                             activation="tanh", backend="triton")  # fmt: skip
+    if not DRY:
+        torch.cuda.synchronize()
+    print("small: every kernel ran")
+    return {"summary": f"{calls + 1} calls"}
+
+
+def beyond_caches() -> dict:
+    """One call of each step kernel on tensors of 256 MB, for the counters."""
+    x, e, out = (torch.randn(1, 1 << 26, device=DEVICE) for _ in range(3))
+    for name in ("cuda", "triton"):
+        fastgen.ddim_step(x, e, 0.4, 0.6, out=out, backend=name)
+        fastgen.ddpm_step(x, e, 0.4, 0.6, seed=1, step=2, out=out, backend=name)
+        fastgen.randn(x.shape, seed=1, device=DEVICE, out=out, backend=name)
+        fastgen.reparameterize(x, e, seed=1, step=0, out=out, backend=name)
+    torch.cuda.synchronize()
+    return {}
+
+
 def machine() -> dict:
     facts = {
         "python": platform.python_version(), "torch": torch.__version__,
@@ -342,7 +350,7 @@ def static() -> dict:
     command = [sys.executable, "-m", "fastgen.bench.static_checks"]
     if "FASTGEN_CHECK_TREE" in os.environ:
         command = [sys.executable, str(ROOT / "bench" / "static_checks.py")]
-    architectures = ["--arch", "90"] if DRY else []
+    architectures = [] if DRY else ["--arch", "".join(map(str, torch.cuda.get_device_capability()))]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command + architectures, env=environment, text=True, capture_output=True)
     print(done.stdout + done.stderr)
@@ -359,12 +367,23 @@ def main() -> int:
             reduction_calls, "reparameterize", (*SHAPES, *(() if DRY else ((2, 3, 700, 1024),)))
         ),
         "gradients": lambda: parity_of(gradient_calls, "reparameterize", SHAPES),
+        "small": small,
         "static": static,
     }
     if name in parts:
         result = parts[name]()
+    elif name in ("benchmarks", "limits"):
+        from fastgen.bench import gpu_device
+
+        result = getattr(gpu_device, name)(DEVICE, DRY, file.parent)
     elif DRY and name != "conv_transpose":
         result = {"summary": "needs a GPU: left out"}
+    elif name in ("sanitizer", "counters"):
+        from fastgen.bench import gpu_tools
+
+        result = getattr(gpu_tools, name)()
+    elif name == "beyond_caches":
+        result = beyond_caches()
     else:
         from fastgen.bench import gpu_device
 

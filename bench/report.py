@@ -183,11 +183,11 @@ def slower(old: Results, new: Results) -> dict[Record, str]:
     before = old.cases()
     for key, found in new.cases().items():
         known = before.get(key, {})
-        peers = [(known[n], r) for n, r in found.items() if n in known and not _is_ours(n)]
+        peers = [(known[n], r) for n, r in found.items() if n in known and not is_ours(n)]
         drift = statistics.median(p.quartile / q.quartile for q, p in peers) if peers else 1.0
         noise = statistics.median(p.spread + q.spread for q, p in peers) / 2 if peers else 0.0
         for name, now in found.items():
-            if not _is_ours(name) or name not in known:
+            if not is_ours(name) or name not in known:
                 continue
             then = known[name]
             ratio = now.quartile / then.quartile / drift
@@ -200,7 +200,8 @@ def slower(old: Results, new: Results) -> dict[Record, str]:
     return lines
 
 
-def _is_ours(variant: str) -> bool:
+def is_ours(variant: str) -> bool:
+    """Whether a variant is fastgen's, by some backend or in some way."""
     return variant.startswith("fastgen")
 
 

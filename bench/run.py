@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import pytest_benchmark  # noqa: F401  (stores the results)
+import torch
 
 from fastgen.bench.cases import OPS, PEERS
 
@@ -19,27 +20,36 @@ FOLDER = Path(__file__).parent
 
 
 def run(
-    ops: Sequence[str], save: Path, *, against: str = "", quick: bool = False, apart: bool = False
+    ops: Sequence[str],
+    save: Path,
+    *,
+    against: str = "",
+    quick: bool = False,
+    device: str = "cpu",
+    apart: bool = False,
 ) -> int:
     """Times ops (all if none are named) and writes pytest-benchmark's JSON; pytest's exit status.
 
-    apart: in a process of its own, whose memory and threads lie elsewhere.
+    device: "cpu" or "cuda". apart: in a process of its own, whose memory and threads lie elsewhere.
 
     Raises ValueError for an op that has no benchmark, or an unknown peer.
     """
     for op in ops:
         if op not in OPS:
             raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
+    against = ",".join(filter(None, map(str.strip, against.split(","))))
     for peer in filter(None, against.split(",")):
         if peer not in PEERS:
             raise ValueError(f"--against: got {peer!r}, expected some of {', '.join(PEERS)}")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device: got {device!r}, expected cpu, or cuda where torch has a GPU")
     files = [str(FOLDER / f"bench_{op}.py") for op in ops or OPS]
     options = [
         "-p", "pytest_benchmark.plugin", "--benchmark-storage", f"file://{save.parent}",
         "-p", "fastgen.bench.plugin", "-p", "no:cacheprovider", "-c", os.devnull,
         "--rootdir", str(FOLDER), "-o", "python_files=bench_*.py", "-q", "--no-header",
         "--tb", "short", "-W", "ignore", "--benchmark-quiet", "--benchmark-json", str(save),
-        "--against", against,
+        "--against", against, "--device", device,
     ]  # fmt: skip
     arguments = [*options, *(["--quick"] if quick else []), *files]
     with mock.patch.dict(os.environ):  # what is set there is meant for the user's own tests

@@ -63,7 +63,7 @@ class Kernel:
         capabilities)."""
         a_block = -(-self.threads // 32)
         for_registers = 65536 // (-(-self.registers * 32 // 256) * 256) // a_block
-        for_shared = SHARED[self.architecture] // (self.shared + 1024)
+        for_shared = SHARED.get(self.architecture, 100 << 10) // (self.shared + 1024)
         return min(64 // a_block, 32, for_registers, for_shared) * a_block
 
 
@@ -194,15 +194,15 @@ def triton_kernels(architectures, cuobjdump: str, folder: Path) -> Iterator[Kern
                 yield kernel
 
 
-def limits() -> list[dict]:
-    return tomllib.loads((Path(__file__).parent / "static_limits.toml").read_text())["kernel"]
+def limits() -> dict:
+    return tomllib.loads((Path(__file__).parent / "static_limits.toml").read_text())
 
 
-def judge(kernel: Kernel, limits: list[dict]) -> None:
+def judge(kernel: Kernel, limits: dict) -> None:
     """Adds the breaches of the limits that hold the kernel."""
     if kernel.stack:
         kernel.breaches.append(f"{kernel.stack} bytes of stack")
-    held = next((entry for entry in limits if kernel.name.startswith(entry["name"])), None)
+    held = next((e for e in limits["kernel"] if kernel.name.startswith(e["name"])), None)
     if held is None:
         kernel.breaches.append("no entry in static_limits.toml")
         return
@@ -271,9 +271,11 @@ def main(arguments: list[str] | None = None) -> int:
     for kernel in kernels:
         judge(kernel, held)
     show(kernels)
-    for architecture, slots in normals_cost(kernels).items():
-        print(f"four normals on sm_{architecture}: {slots} instructions")
     broken = sum(bool(k.breaches) for k in kernels)
+    for architecture, count in normals_cost(kernels).items():
+        most = held["normals"][f"sm_{architecture}"]
+        broken += count > most
+        print(f"four normals on sm_{architecture}: {count} instructions, at most {most}")
     print(f"{len(kernels)} kernels, {broken} with a breach")
     return 1 if broken else 0
 

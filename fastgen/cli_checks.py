@@ -93,12 +93,16 @@ def _check_file(path: Path | None) -> None:
 
 def add_bench(commands: Any) -> None:
     bench = commands.add_parser(
-        "bench", help="time every op beside eager PyTorch, torch.compile and diffusers, here"
+        "bench", help="time every op beside eager PyTorch, torch.compile, diffusers and others"
     )
     bench.add_argument("ops", nargs="*", metavar="op", help="which benchmarks; all if none")
     bench.add_argument(
-        "--against", default="", metavar="PEERS", help="eager,compile,diffusers,torch,copy_ or some"
+        "--against",
+        default="",
+        metavar="PEERS",
+        help="some of eager,compile,diffusers,k-diffusion,torch,copy_; all if not given",
     )
+    bench.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
     bench.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     bench.add_argument("--save", type=Path, metavar="FILE", help="JSON to write the results to")
     bench.add_argument(
@@ -118,7 +122,8 @@ def _timed(
     with tempfile.TemporaryDirectory() as folder:  # a run that is broken off leaves nothing
         file = Path(folder) / "results.json"
         file.touch()
-        status = run(ops, file, against=options.against, quick=options.quick, apart=apart)
+        status = run(ops, file, against=options.against, quick=options.quick,
+                     device=options.device, apart=apart)  # fmt: skip
         if file.stat().st_size == 0:
             return status or 1, None
         if save is not None:

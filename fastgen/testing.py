@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "reversed", "strided", "offset", "expanded")
+LAYOUTS = ("contiguous", "reversed", "strided", "offset", "half", "expanded")
 SHAPES = ((1,), (2,), (3,), (1, 16, 8), (2, 1024), (1, 1025), (2, 3, 5, 7, 2), (1, 2, 33, 65))
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -177,7 +177,8 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
 
     "contiguous"; "reversed": the dims stored in the opposite order, as channels-last is;
     "strided": every second element of a longer row, with NaN between; "offset": contiguous, but
-    not where an allocation begins; "expanded": the first of dimension 1 repeated over it with a
+    not where an allocation begins; "half": the upper half of dimension 1 of a wider tensor;
+    "expanded": the first of dimension 1 repeated over it with a
     stride of zero, the one layout that changes the values. Raises ValueError for another name.
     """
     if layout == "contiguous":
@@ -191,6 +192,10 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     if layout == "offset":
         room = value.new_full((value.numel() + 1,), _poison(value))
         return room[1:].view(value.shape).copy_(value)
+    if layout == "half" and value.ndim > 1:
+        rows, channels, *rest = value.shape
+        room = value.new_full((rows, 2 * channels, *rest), _poison(value))
+        return room[:, channels:].copy_(value)
     if layout == "expanded":
         return value[:, :1].expand(value.shape) if value.ndim > 1 else value.contiguous()
     if layout not in LAYOUTS:

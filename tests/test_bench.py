@@ -31,7 +31,8 @@ def test_a_run_holds_every_case_with_the_machine(saved):
     assert results.machine["torch"] == torch.__version__
     assert results.machine["threads"] == torch.get_num_threads()
     assert results.machine["gemm_gflops"] > 1
-    assert {r.variant for r in results.records} == {"fastgen", "eager", "copy_"}
+    variants = {"fastgen", "fastgen reference", "eager", "copy_"}
+    assert {r.variant for r in results.records} == variants
     cases = results.cases("add_noise")
     assert [case for _, case in cases] == ["(1, 16, 8)", "(1, 4, 64, 64)", "(8, 4, 128, 128)",
                                            "(16, 3, 512, 512)"]  # fmt: skip
@@ -93,7 +94,7 @@ def test_what_became_slower_is_named(saved):
     assert len(lines) == 4
     assert lines[0].startswith("add_noise (1, 16, 8), fastgen: 1.15 times the time (")
     # a slower machine is no slower kernel, and a faster one hides none
-    everything = ("fastgen", "eager", "copy_")
+    everything = ("fastgen", "fastgen reference", "eager", "copy_")
     assert report.slower(results, changed(results, 1.15, everything)) == {}
     faster = changed(changed(results, 0.5, everything), 1.15)
     assert len(report.slower(results, faster)) == 4

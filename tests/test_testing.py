@@ -121,9 +121,11 @@ def test_memory_is_poisoned_inside_alone():
 def test_layouts_are_what_they_are_called(layout):
     value = torch.randn(3, 4, 5)
     placed = laid_out(value, layout)
-    strides = {"reversed": (1, 3, 12), "strided": (44, 11, 2), "expanded": (20, 0, 1)}
+    strides = {"reversed": (1, 3, 12), "strided": (44, 11, 2), "half": (40, 5, 1),
+               "expanded": (20, 0, 1)}  # fmt: skip
     assert placed.stride() == strides.get(layout, (20, 5, 1))
-    assert (placed.storage_offset() == 1) == (layout in ("strided", "offset"))
+    offsets = {"strided": 1, "offset": 1, "half": 20}
+    assert placed.storage_offset() == offsets.get(layout, 0)
     expected = value[:, :1].expand(3, 4, 5) if layout == "expanded" else value
     assert torch.equal(placed, expected)
     assert laid_out(torch.tensor(1.0), layout) == 1
@@ -138,7 +140,7 @@ def test_a_random_layout_keeps_the_values():
         placed = testing.random_layout(value, seed)
         assert torch.equal(placed, value)
         strides.add((placed.stride(), placed.storage_offset()))
-    assert len(strides) == 4
+    assert len(strides) == 5
     with pytest.raises(ValueError, match="layout: got 'diagonal'"):
         laid_out(value, "diagonal")
 

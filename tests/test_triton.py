@@ -351,7 +351,7 @@ COMPILE = """
 import sys
 from fastgen.kernels import aot
 for capability in map(int, sys.argv[1:]):
-    for name, ptx, cubin in aot.compile_all(capability):
+    for name, ptx, cubin, _ in aot.compile_all(capability):
         assert cubin
         print(f"# sm_{capability} {name}\\n{ptx}")
 """
