@@ -57,6 +57,8 @@ def run(
             os.environ.pop(name, None)
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         status = _pytest(arguments, apart)
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
     if save.stat().st_size:
         save.write_text(_compact(json.loads(save.read_text())))
     return status

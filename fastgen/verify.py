@@ -155,10 +155,12 @@ def verify(
         if name not in backends.BACKENDS[:-1]:
             known = ", ".join(backends.BACKENDS[:-1])
             raise ValueError(f"backend: got {name!r}, expected one of {known}")
-    pairs = [(op, backend) for op in ops or OPS for backend in served(op)
+    pairs = [(op, backend) for op in dict.fromkeys(ops or OPS) for backend in served(op)
              if not only or backend in only]  # fmt: skip
-    if not pairs:
-        raise ValueError("backend: nothing to verify, see `fastgen info` for the reasons")
+    idle = set(only) - {backend for _, backend in pairs}
+    if idle or not pairs:
+        who = ", ".join(sorted(idle)) or "nothing"
+        raise ValueError(f"backend: {who} serves none of these ops here; `fastgen info` says why")
     for op, backend in pairs:
         for dtype in DTYPES:
             yield _verdict(op, backend, dtype, cases, seed)

@@ -69,6 +69,17 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys, tmp_path):
     assert {r.variant for r in report.load(file).records} == {"copy_"}
 
 
+def test_ctrl_c_ends_a_run_at_once(monkeypatch, capsys, tmp_path):
+    def interrupted(*_, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastgen, "add_noise", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "forward", "--against", " copy_ ,", "--quick"])
+    assert stop.value.code == 130
+    assert "fastgen: interrupted" in capsys.readouterr().err
+
+
 def changed(results, factor, variants=("fastgen",)):
     def record(r):
         if r.variant not in variants:
@@ -123,6 +134,7 @@ def test_runs_of_another_kind_are_told_apart(saved):
     [
         (["nope"], "op: got 'nope', expected one of step,"),
         (["forward", "--against", "jax"], "--against: got 'jax', expected some of eager,"),
+        (["forward", "--device", "tpu"], "--device: got 'tpu', expected cpu, or cuda where"),
         (["forward", "--save", "/nowhere/at/all.json"], "cannot be written"),
         (["forward", "--draw", "/nowhere"], "--draw: /nowhere is not a folder"),
         (["forward", "--compare", "/nowhere.json"], "No such file"),
