@@ -238,15 +238,35 @@ Writing choose_writing(const StepParams& p) {
     return bytes >= kStreamBytes && !p.fresh ? Writing::kStream : Writing::kDirect;
 }
 
+// Elements of a tile: more than a buffer holds where none is used, from memory to memory, and there
+// are tiles enough to share out.
+int64_t tile_size(const StepParams& p, Writing writing, int threads) {
+    constexpr int64_t kWide = 16 * kChunk;
+    const bool few = threads > 1 && p.shape.batch * p.shape.elements < 8 * threads * kWide;
+    if (few || writing != Writing::kDirect || p.draws || p.rows || p.uncond.data ||
+        p.output_scale || p.logvar.data)
+        return kChunk;
+    const auto plain = [&](const Tensor& tensor) {
+        return !tensor.data || (tensor.dtype == kFloat32 && is_dense(p.shape, tensor));
+    };
+    bool direct = plain(p.x) && plain(p.cond) && plain(p.known);
+    for (const Tensor& tensor : p.history) direct &= plain(tensor);
+    for (const Tensor& tensor : p.given_noise) direct &= plain(tensor);
+    for (int j = 0; j < kOutputs; ++j)
+        direct &= plain(p.out[j]) && p.row.weights[j][kDenoised] == 0.0f;
+    return direct ? kWide : kChunk;
+}
+
 }  // namespace
 
 void step(const StepParams& p, int threads) {
     const Writing writing = choose_writing(p);
-    for_each_tile(p.shape, threads, [&](const Tile& tile) {
+    const auto run = [&](const Tile& tile) {
         Buffers buffers;
         StepTile(p, buffers, tile, writing).run();
         if (writing == Writing::kStream) stream_fence();
-    });
+    };
+    for_each_tile(p.shape, threads, run, tile_size(p, writing, threads));
 }
 
 }  // namespace fastgen::FASTGEN_ISA

@@ -1,5 +1,6 @@
-// What every pointwise CPU kernel is made of: tiles of at most kChunk logically consecutive
-// elements of one sample, read from any strides into float32, and written back rounded once.
+// What every pointwise CPU kernel is made of: tiles of logically consecutive elements (at most
+// kChunk, where they pass through buffers) of one sample, read from any strides into float32, and
+// written back rounded once.
 #pragma once
 
 #include "../math/convert.h"
@@ -44,10 +45,10 @@ struct Tile {
 // a row of the last dim is whole tiles, the rows of one tile column follow each other.
 class Tiling {
    public:
-    explicit Tiling(const Shape& shape)
-        : elements_(shape.elements), per_sample_((shape.elements + kChunk - 1) / kChunk) {
+    explicit Tiling(const Shape& shape, int64_t most = kChunk)
+        : elements_(shape.elements), most_(most), per_sample_((shape.elements + most - 1) / most) {
         const int64_t row = shape.ndim > 0 ? shape.size[shape.ndim - 1] : 1;
-        columns_ = shape.ndim > 1 && row % kChunk == 0 ? row / kChunk : 1;
+        columns_ = shape.ndim > 1 && row % most == 0 ? row / most : 1;
         rows_ = per_sample_ / columns_;
         total_ = shape.batch * per_sample_;
     }
@@ -57,13 +58,13 @@ class Tiling {
         const int64_t sample = index / per_sample_;
         int64_t chunk = index % per_sample_;
         if (columns_ > 1) chunk = chunk % rows_ * columns_ + chunk / rows_;
-        const int64_t start = chunk * kChunk;
+        const int64_t start = chunk * most_;
         const int64_t left = elements_ - start;
-        return {sample, start, left < kChunk ? left : kChunk};
+        return {sample, start, left < most_ ? left : most_};
     }
 
    private:
-    int64_t elements_, per_sample_, columns_, rows_, total_;
+    int64_t elements_, most_, per_sample_, columns_, rows_, total_;
 };
 
 // Calls visit(offset in elements, done so far, run length, stride) for each run of a tile.
@@ -197,9 +198,10 @@ static inline void stream_fence() {
 
 // Runs body(tile) for every tile, in the arithmetic mode that the bits are promised for.
 template <typename Body>
-static void for_each_tile(const Shape& shape, int threads, const Body& body) {
+static void for_each_tile(const Shape& shape, int threads, const Body& body,
+                          int64_t most = kChunk) {
     if (shape.batch <= 0 || shape.elements <= 0) return;
-    const Tiling tiling(shape);
+    const Tiling tiling(shape, most);
     parallel_for(tiling.total(), threads, [&](int64_t begin, int64_t end) {
         IeeeMode ieee;
         for (int64_t index = begin; index < end; ++index) body(tiling[index]);

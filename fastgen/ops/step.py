@@ -304,10 +304,11 @@ def _straight(row, x, output, uncond, known, logvar, history, guidance, seed, no
     if backend is not None or sample_ids is not None or x is None or output is None:
         return None
     draws = row.noises > 0
-    needs_source = draws and ((seed is None) == (noise is None) or
-                              (seed is not None and step_count is None))  # fmt: skip
-    unguided = uncond is None and type(guidance) is float and guidance != 1.0
-    if needs_source or unguided or not row.reads <= _there(uncond, known, history):
+    if draws and ((seed is None) == (noise is None) or (noise is None and step_count is None)):
+        return None  # without a source of noise, or with two
+    if uncond is None and type(guidance) is float and guidance != 1.0:
+        return None
+    if not (row.reads <= _ALWAYS or row.reads <= _there(uncond, known, history)):
         return None
     return kernel.quick(
         row, x, output, uncond, known, logvar, *history, noise=noise if draws else None,
@@ -315,10 +316,8 @@ def _straight(row, x, output, uncond, known, logvar, history, guidance, seed, no
     )  # fmt: skip
 
 
-def _there(uncond, known, history) -> frozenset[str] | set[str]:
+def _there(uncond, known, history) -> frozenset[str]:
     """The inputs that a row may read, of a call with x and output."""
-    if uncond is None and known is None and not history:
-        return _ALWAYS
     names = [("u", uncond), ("known", known), *zip(_SLOTS, history, strict=False)]
     return _ALWAYS | {name for name, tensor in names if tensor is not None}
 
