@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from . import checks
+from .levels import NoiseLevels, Point, estimate_of
 
 SPACINGS = ("trailing", "leading", "linspace")
+PREDICTIONS = ("epsilon", "sample", "v")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,6 +153,51 @@ class NoiseSchedule:
         chosen = self.timesteps(steps, spacing)
         levels = [*self.alpha_bars[chosen].tolist(), 1.0]
         return list(zip(chosen.tolist(), levels[:-1], levels[1:], strict=True))
+
+    def levels(
+        self, steps: int, *, prediction: str = "epsilon", spacing: str = "trailing"
+    ) -> NoiseLevels:
+        """The points of ``pairs`` for a solver. prediction: what the network predicts: "epsilon",
+        "sample" or "v"."""
+        pairs = self.pairs(steps, spacing)
+        points = [self._point(a_t, float(t), prediction) for t, a_t, _ in pairs]
+        end = Point(math.sqrt(pairs[-1][2]), math.sqrt(1.0 - pairs[-1][2]))
+        return NoiseLevels(tuple(points), end, self._between(prediction), True)
+
+    def levels_at(
+        self, sigmas: Sequence[float] | np.ndarray, *, prediction: str = "epsilon"
+    ) -> NoiseLevels:
+        """Points at given sigma / alpha, (n + 1,), falling, as ``fastgen.sigmas`` makes them; what
+        lies between two timesteps has a time between them, linear in log(sigma / alpha)."""
+        at = self._between(prediction)
+        *levels, last = _floats("sigmas", sigmas).tolist()
+        alpha = 1.0 / math.sqrt(1.0 + last * last)
+        return NoiseLevels(tuple(map(at, levels)), Point(alpha, alpha * last), at)
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """(N,) sigma / alpha at every timestep."""
+        with np.errstate(divide="ignore"):
+            return np.sqrt((1.0 - self.alpha_bars) / self.alpha_bars)
+
+    def _point(self, alpha_bar: float, time: float, prediction: str) -> Point:
+        alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
+        checks.one_of("prediction", prediction, PREDICTIONS)
+        return Point(alpha, sigma, time, 1.0, estimate_of(prediction, alpha, sigma))
+
+    def _between(self, prediction: str) -> Callable[[float], Point]:
+        """The point of a ratio sigma / alpha."""
+        ratios = self.sigmas
+        known = np.flatnonzero(np.isfinite(ratios) & (ratios > 0.0))
+        logs = np.log(ratios[known])
+
+        def at(ratio: float) -> Point:
+            if not 0.0 < ratio < math.inf:
+                raise ValueError(f"sigmas: got {ratio}, expected a finite number above 0")
+            time = float(np.interp(math.log(ratio), logs, known))
+            return self._point(1.0 / (1.0 + ratio * ratio), time, prediction)
+
+        return at
 
 
 def _floats(name: str, values: Any) -> np.ndarray:

@@ -1,61 +1,374 @@
-"""DPM-Solver++: Lu, Zhou, Bao, Chen, Li & Zhu (2022)."""
+"""DPM-Solver and DPM-Solver++: Lu, Zhou, Bao, Chen, Li & Zhu (2022a, 2022b), and their SDE forms.
+
+lambda = log(alpha / sigma), h = lambda_t - lambda_s. "data": the estimate of x_0 is integrated
+(DPM-Solver++); "noise": the estimate of eps (DPM-Solver).
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from .. import checks
-from ..plan import Output, Plan, Row
+from ..levels import NoiseLevels, Point
+from ..plan import Plan
 from ..schedules import NoiseSchedule
-from .ddpm import Clip
-from .prediction import denoised
+from .euler import _numbers, down_and_up
+from .multistep import past
+from .rows import Clip, Rows, Weights, combined, first_order, levels_of, noise_of
+
+SAMPLE: Weights = {"x": 1.0}
+DATA: Weights = {"denoised": 1.0}
 
 
-def log_snr(alpha_bar: float) -> float:
-    """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio."""
-    if alpha_bar in (0.0, 1.0):
-        return math.inf if alpha_bar else -math.inf
-    return 0.5 * math.log(alpha_bar / (1.0 - alpha_bar))
+def phi(h: float) -> tuple[float, float, float]:
+    """(1 - e^-h, phi_2, phi_3): phi_2 = (e^-h - 1) / h + 1 and phi_3 = (e^-h - 1 + h) / h^2 - 1/2,
+    the integrals of e^(s - h) with 1, s / h and s^2 / (2 h^2), each times h."""
+    fall = math.expm1(-h)
+    if abs(h) < 0.02:  # the series, where the differences cancel
+        second = h / 2 - h**2 / 6 + h**3 / 24 - h**4 / 120
+        third = -h / 6 + h**2 / 24 - h**3 / 120 + h**4 / 720
+    else:
+        second = fall / h + 1.0
+        third = (fall + h) / h**2 - 0.5
+    return -fall, second, third
+
+
+def differences(
+    now: Weights, before: Weights, earlier: Weights | None, r0: float, r1: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """First and second derivatives of the estimates by their divided differences, in units of h:
+    Lu et al. (2022b), appendix; r0 = h_before / h, r1 = h_earlier / h."""
+    first = combined((1.0 / r0, now), (-1.0 / r0, before))
+    if earlier is None:
+        return first, {}
+    other = combined((1.0 / r1, before), (-1.0 / r1, earlier))
+    change = combined((1.0, first), (-1.0, other))
+    return (
+        combined((1.0, first), (r0 / (r0 + r1), change)),
+        combined((2.0 / (r0 + r1), change)),
+    )
+
+
+def data_step(
+    start: Point,
+    end: Point,
+    m0: Weights,
+    d1: Weights,
+    d2: Weights,
+    eta: float,
+    kind: str,
+    x: Weights = SAMPLE,
+) -> dict[str, float]:
+    """x_t from the estimate of x_0 and its differences, with noise of e^(-2 eta h) to follow: Lu et
+    al. (2022b), eq. 8, and for eta = 1 eq. 14 (Gonzalez et al. 2023 for what lies between)."""
+    h = end.log_snr - start.log_snr
+    one, two, three = phi(h * (1.0 + eta))
+    of_x = end.sigma / start.sigma * math.exp(-eta * h)
+    halved = kind == "midpoint" and not d2
+    return combined(
+        (of_x, x), (end.alpha * one, m0),
+        (end.alpha * (0.5 * one if halved else two), d1), (-end.alpha * three, d2),
+    )  # fmt: skip
+
+
+def noise_step(
+    start: Point,
+    end: Point,
+    m0: Weights,
+    d1: Weights,
+    d2: Weights,
+    sde: bool,
+    kind: str,
+    x: Weights = SAMPLE,
+) -> dict[str, float]:
+    """x_t from the estimate of eps and its differences: Lu et al. (2022a), eq. 3.3 to 3.5."""
+    h = end.log_snr - start.log_snr
+    one, two, three = phi(-h)  # 1 - e^h, ...
+    twice = 2.0 if sde else 1.0
+    halved = kind == "midpoint" and not d2
+    half = 0.5 * one if halved else twice * two
+    return combined(
+        (end.alpha / start.alpha, x), (twice * end.sigma * one, m0),
+        (end.sigma * half, d1), (-twice * end.sigma * three, d2),
+    )  # fmt: skip
+
+
+def _multistep(
+    levels: NoiseLevels, clip: Clip, solver: str, *, order: int, noise: bool = False,
+    eta: float = 0.0, s_noise: float = 1.0, kind: str = "midpoint", lower_final: bool = False,
+    published: bool = False,
+) -> Plan:  # fmt: skip
+    rows, count = Rows(levels, clip), len(levels)
+    for i, (at, end) in enumerate(levels.pairs):
+        known = min(order, i + 1)
+        if lower_final:
+            known = min(known, count - i)
+        if end.sigma == 0.0 or at.alpha == 0.0:
+            known = 1
+        h = end.log_snr - at.log_snr
+        m0 = noise_of(at) if noise else DATA
+        d1: Weights = {}
+        d2: Weights = {}
+        if known > 1:
+            former = [levels.points[i - k].log_snr for k in range(known)]
+            steps = [(a - b) / h for a, b in itertools.pairwise(former)]
+            earlier = {past(i, 2, 2): 1.0} if known > 2 else None
+            d1, d2 = differences(m0, {past(i, 1, 2): 1.0}, earlier, *[*steps, 1.0][:2])
+            if published:
+                d2 = combined((0.5, d2))
+        deviation = 0.0
+        if end.sigma == 0.0 or at.alpha == 0.0:
+            weights = first_order(at, end)
+            if eta > 0.0 and at.alpha == 0.0:  # all of x is noise, of which none is kept
+                weights, deviation = {"denoised": end.alpha}, end.sigma
+        elif noise:
+            weights = noise_step(at, end, m0, d1, d2, eta > 0.0, kind)
+            deviation = end.sigma * math.sqrt(math.expm1(2.0 * h)) if eta > 0.0 else 0.0
+        else:
+            weights = data_step(at, end, m0, d1, d2, eta, kind)
+            deviation = end.sigma * math.sqrt(-math.expm1(-2.0 * eta * h))
+        keep = {i % 2: m0} if order > 1 and i + 1 < count else {}
+        rows.add(at, levels.next(i), weights, (s_noise * deviation,), keep)
+    return rows.plan(solver)
+
+
+KINDS = ("midpoint", "heun")
+
+
+def dpm_multistep(
+    levels: NoiseLevels | NoiseSchedule,
+    steps: int | None = None,
+    *,
+    order: int = 2,
+    kind: str = "midpoint",
+    sde: bool = False,
+    lower_order_final: bool = False,
+    published: bool = False,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    spacing: str = "trailing",
+) -> Plan:
+    """DPM-Solver, multistep: Lu et al. (2022a), section 3, with the differences of (2022b).
+
+    order: 1 to 3. kind: "midpoint" or "heun", the two forms of the second order. sde: the
+    stochastic form, of orders 1 and 2. lower_order_final: the last steps are of lower order, as the
+    first are (for few steps). published: with half of the second derivative, as the authors' code
+    and libraries after it have it, which makes the third order a second one. A last step to
+    sigma = 0 is of first order. The rest as for ``euler``.
+    """
+    levels = levels_of(levels, steps, prediction, spacing)
+    order = checks.integer("order", order, 1, 3 if sde else 4)
+    checks.one_of("kind", kind, KINDS)
+    name = "sde_dpm_multistep" if sde else "dpm_multistep"
+    return _multistep(levels, clip, name, order=order, noise=True, eta=float(sde), kind=kind,
+                      lower_final=lower_order_final, published=published)  # fmt: skip
+
+
+def dpmpp_multistep(
+    levels: NoiseLevels | NoiseSchedule,
+    steps: int | None = None,
+    *,
+    order: int = 2,
+    kind: str = "midpoint",
+    lower_order_final: bool = False,
+    published: bool = False,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    spacing: str = "trailing",
+) -> Plan:
+    """DPM-Solver++, multistep: Lu et al. (2022b), algorithm 2 and its third order. Arguments as for
+    ``dpm_multistep``."""
+    levels = levels_of(levels, steps, prediction, spacing)
+    order = checks.integer("order", order, 1, 4)
+    checks.one_of("kind", kind, KINDS)
+    return _multistep(levels, clip, f"dpmpp_{order}m", order=order, kind=kind,
+                      lower_final=lower_order_final, published=published)  # fmt: skip
 
 
 def dpmpp_2m(
-    schedule: NoiseSchedule,
-    steps: int,
+    levels: NoiseLevels | NoiseSchedule,
+    steps: int | None = None,
     *,
     prediction: str = "epsilon",
     clip: Clip = None,
     spacing: str = "trailing",
 ) -> Plan:
-    """DPM-Solver++(2M), multistep, second order: Lu et al. (2022), algorithm 2.
+    """DPM-Solver++(2M), multistep, second order: Lu et al. (2022b), algorithm 2.
 
-    The first step, and the last where it goes to noise level zero, are of first order. Arguments as
-    for ``ddpm``; ValueError too where the schedule gives two steps the same noise level.
+    The first step, and the last where it goes to noise level zero, are of first order. The rest as
+    for ``euler``.
     """
-    checks.instance("schedule", schedule, NoiseSchedule)
-    bounds = None if clip is None else checks.interval("clip", clip)
-    rows = []
-    step_before = math.nan  # h_{i-1}
-    for i, (t, a_t, a_s) in enumerate(schedule.pairs(steps, spacing)):
-        if a_s == a_t:
-            raise ValueError(
-                f"schedule: two steps in a row at alpha_bar = {a_t}, expected it to fall"
-            )
-        lambda_t, lambda_s = log_snr(a_t), log_snr(a_s)
-        h = lambda_s - lambda_t
-        shrink = math.exp(-h)
-        of_denoised = math.sqrt(a_s) * (1.0 - shrink)
-        weights = {"x": math.sqrt((1.0 - a_s) / (1.0 - a_t)), "denoised": of_denoised}
-        if i > 0 and a_s < 1.0:
-            correction = h / (2.0 * step_before)  # 1 / (2 r), with r = h_{i-1} / h_i
-            weights["denoised"] = of_denoised * (1.0 + correction)
-            weights[f"h{(i - 1) % 2}"] = -of_denoised * correction
-        outputs = [Output(weights)]
-        if i + 1 < steps:
-            outputs.append(Output({"denoised": 1.0}, target=i % 2))
-        rows.append(
-            Row(
-                tuple(outputs), denoised=denoised(prediction, a_t), clip=bounds, model_time=float(t)
-            )
-        )
-        step_before = h
-    return Plan(tuple(rows), solver="dpmpp_2m")
+    levels = levels_of(levels, steps, prediction, spacing)
+    return _multistep(levels, clip, "dpmpp_2m", order=2)
+
+
+def dpmpp_2m_sde(
+    levels: NoiseLevels | NoiseSchedule,
+    steps: int | None = None,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    kind: str = "midpoint",
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    spacing: str = "trailing",
+) -> Plan:
+    """SDE-DPM-Solver++(2M): Lu et al. (2022b), appendix; eta between 0 (the ODE) and 1, and s_noise
+    scales the noise. kind: "midpoint" or "heun". The rest as for ``euler``."""
+    levels = levels_of(levels, steps, prediction, spacing)
+    eta, s_noise = _numbers(eta=eta, s_noise=s_noise)
+    checks.one_of("kind", kind, KINDS)
+    return _multistep(levels, clip, "dpmpp_2m_sde", order=2, eta=eta, s_noise=s_noise, kind=kind)
+
+
+def dpmpp_3m_sde(
+    levels: NoiseLevels | NoiseSchedule,
+    steps: int | None = None,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    published: bool = False,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    spacing: str = "trailing",
+) -> Plan:
+    """SDE-DPM-Solver++ of third order, multistep: Lu et al. (2022b), Gonzalez et al. (2023, SEEDS).
+    published: as for ``dpm_multistep``; the rest as for ``dpmpp_2m_sde``."""
+    levels = levels_of(levels, steps, prediction, spacing)
+    eta, s_noise = _numbers(eta=eta, s_noise=s_noise)
+    return _multistep(levels, clip, "dpmpp_3m_sde", order=3, eta=eta, s_noise=s_noise, kind="heun",
+                      published=published)  # fmt: skip
+
+
+# ---- singlestep ----------------------------------------------------------------------------------
+
+
+def dpmpp_2s_ancestral(
+    levels: NoiseLevels | NoiseSchedule,
+    steps: int | None = None,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    spacing: str = "trailing",
+) -> Plan:
+    """DPM-Solver++(2S), Lu et al. (2022b), algorithm 1 with r = 1/2, down to a lower level, and
+    noise back up; eta = 0 is the solver itself. Second order; two calls a step, one in a last step
+    to sigma = 0. The rest as for ``euler_ancestral``."""
+    levels = levels_of(levels, steps, prediction, spacing)
+    eta, s_noise = _numbers(eta=eta, s_noise=s_noise)
+    rows = Rows(levels, clip)
+    for i, (at, end) in enumerate(levels.pairs):
+        down, up = down_and_up(at, end, eta)
+        if down.sigma == 0.0 or at.alpha == 0.0:
+            rows.add(at, levels.next(i), first_order(at, down), (s_noise * up,))
+            continue
+        middle = levels.at(math.sqrt(at.ratio * down.ratio))
+        rows.add(at, middle, first_order(at, middle), keep={0: {"x": 1.0}})
+        whole = first_order(at, down)
+        weights = {"h0": whole["x"], "denoised": whole["denoised"]}
+        rows.add(middle, levels.next(i), weights, (s_noise * up,))
+    return rows.plan("dpmpp_2s_ancestral" if eta else "dpmpp_2s")
+
+
+def dpmpp_sde(
+    levels: NoiseLevels | NoiseSchedule,
+    steps: int | None = None,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    r: float = 0.5,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    spacing: str = "trailing",
+) -> Plan:
+    """DPM-Solver++ (stochastic), two calls a step: Lu et al. (2022b), algorithm 1, each part going
+    down and back up. The noise of a whole step holds that of its first part, as Brownian motion's
+    does. r: where in log-SNR the middle lies. The rest as for ``euler_ancestral``."""
+    levels = levels_of(levels, steps, prediction, spacing)
+    eta, s_noise = _numbers(eta=eta, s_noise=s_noise)
+    if not 0.0 < checks.number("r", r) < 1.0:
+        raise ValueError(f"r: got {r}, expected a number between 0 and 1")
+    rows = Rows(levels, clip)
+    for i, (at, end) in enumerate(levels.pairs):
+        if end.sigma == 0.0 or at.alpha == 0.0:
+            down, up = down_and_up(at, end, eta)
+            rows.add(at, levels.next(i), first_order(at, down), (s_noise * up,))
+            continue
+        middle = levels.at(at.ratio ** (1.0 - r) * end.ratio**r)
+        down, up = down_and_up(at, middle, eta)
+        drawn = (s_noise * up,)
+        kept: dict[int, Weights] = {0: {"x": 1.0}, 1: {"denoised": 1.0}}
+        if up > 0.0:
+            kept[2] = {}
+        rows.add(at, middle, first_order(at, down), drawn, kept, {2: (1.0,)})
+        down, up = down_and_up(at, end, eta)
+        whole, share = first_order(at, down), 0.5 / r
+        of_first = math.sqrt((at.ratio - middle.ratio) / (at.ratio - end.ratio))
+        of_second = math.sqrt(1.0 - of_first**2)
+        weights = {
+            "h0": whole["x"],
+            "h1": (1.0 - share) * whole["denoised"],
+            "denoised": share * whole["denoised"],
+        }
+        if up > 0.0:
+            weights["h2"] = s_noise * up * of_first
+        rows.add(middle, levels.next(i), weights, (s_noise * up * of_second,))
+    return rows.plan("dpmpp_sde")
+
+
+def dpm_singlestep(
+    levels: NoiseLevels | NoiseSchedule,
+    steps: int | None = None,
+    *,
+    order: int = 3,
+    data: bool = True,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    spacing: str = "trailing",
+) -> Plan:
+    """DPM-Solver++ (data) and DPM-Solver (not data), singlestep: Lu et al. (2022b), algorithm 1,
+    and (2022a), algorithms 1 and 2. order: 2 or 3, and as many calls a step; one in a last step to
+    sigma = 0. The rest as for ``euler``."""
+    levels = levels_of(levels, steps, prediction, spacing)
+    order = checks.integer("order", order, 2, 4)
+    rows = Rows(levels, clip)
+    for i, (at, end) in enumerate(levels.pairs):
+        if end.sigma == 0.0 or at.alpha == 0.0:
+            rows.add(at, levels.next(i), first_order(at, end))
+        else:
+            _singlestep(rows, levels, i, at, end, order, data)
+    return rows.plan(f"dpm{'pp' if data else ''}_{order}s")
+
+
+def _singlestep(
+    rows: Rows, levels: NoiseLevels, i: int, at: Point, end: Point, order: int, data: bool
+) -> None:
+    """Slot 0 keeps the sample, slot 1 the estimate at the start."""
+
+    def estimate(point: Point) -> Weights:
+        return DATA if data else noise_of(point)
+
+    def moved(to: Point, x: Weights, m0: Weights, d1: Weights, kind: str) -> dict[str, float]:
+        if data:
+            return data_step(at, to, m0, d1, {}, 0.0, kind, x)
+        return noise_step(at, to, m0, d1, {}, False, kind, x)
+
+    def between(r: float) -> Point:
+        return levels.at(at.ratio ** (1.0 - r) * end.ratio**r)
+
+    kept: Weights = {"h0": 1.0}
+    m0: Weights = {"h1": 1.0}
+    one = between(0.5 if order == 2 else 1.0 / 3.0)
+    step = moved(one, SAMPLE, estimate(at), {}, "midpoint")
+    rows.add(at, one, step, keep={0: SAMPLE, 1: estimate(at)})
+    # differences are in units of the step that they serve: half, then two thirds, of it is done
+    last, done = one, 2.0
+    if order == 3:
+        last, done = between(2.0 / 3.0), 1.5
+        d1 = combined((2.0, estimate(one)), (-2.0, m0))
+        rows.add(one, last, moved(last, kept, m0, d1, "heun"))
+    d1 = combined((done, estimate(last)), (-done, m0))
+    rows.add(last, levels.next(i), moved(end, kept, m0, d1, "midpoint" if order == 2 else "heun"))

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 
 from .. import checks
+from ..levels import estimate_of
+from ..schedules import PREDICTIONS
 
-PREDICTIONS = ("epsilon", "sample", "v")
 Pair = tuple[float, float]  # weights of x and e
 
 
@@ -17,16 +18,7 @@ def denoised(prediction: str, alpha_bar: float) -> Pair:
     Raises ValueError for epsilon prediction without signal (alpha_bar = 0), where x_0 is lost.
     """
     checks.one_of("prediction", prediction, PREDICTIONS)
-    signal, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
-    if prediction == "sample":
-        return 0.0, 1.0
-    if prediction == "v":
-        return signal, -sigma
-    if alpha_bar == 0.0:
-        raise ValueError(
-            "alpha_bar: got 0, where epsilon prediction says nothing of x_0; use 'v' or 'sample'"
-        )
-    return 1.0 / signal, -sigma / signal
+    return estimate_of(prediction, math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar))
 
 
 def epsilon(prediction: str, alpha_bar: float) -> Pair:

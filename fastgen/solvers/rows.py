@@ -1,0 +1,87 @@
+"""How solvers write their rows: weights of x, of the estimate of x_0 and of history."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .. import checks
+from ..levels import NoiseLevels, Point
+from ..plan import Output, Plan, Row
+from ..schedules import NoiseSchedule
+from .prediction import folded
+
+Weights = Mapping[str, float]
+Clip = float | tuple[float, float] | None
+
+
+def levels_of(
+    levels: NoiseLevels | NoiseSchedule, steps: int | None, prediction: str, spacing: str
+) -> NoiseLevels:
+    """What a solver was given: levels, or a schedule with the number of steps on it."""
+    if isinstance(levels, NoiseLevels):
+        if steps is not None and steps != len(levels):
+            raise ValueError(f"steps: got {steps}, but the levels given have {len(levels)}")
+        return levels
+    checks.instance("levels", levels, NoiseSchedule)
+    return levels.levels(checks.integer("steps", steps, 1), prediction=prediction, spacing=spacing)
+
+
+def combined(*terms: tuple[float, Weights]) -> dict[str, float]:
+    """sum_k factor_k weights_k."""
+    total: dict[str, float] = {}
+    for factor, weights in terms:
+        for name, weight in weights.items():
+            total[name] = total.get(name, 0.0) + factor * weight
+    return total
+
+
+def first_order(start: Point, end: Point) -> dict[str, float]:
+    """The step that is exact where the estimate of x_0 does not change: DDIM, Song, Meng & Ermon
+    (2021), eq. 13, which is Euler's method in x / alpha over sigma / alpha."""
+    of_x = end.sigma / start.sigma
+    return {"x": of_x, "denoised": end.alpha - start.alpha * of_x}
+
+
+def noise_of(start: Point) -> dict[str, float]:
+    """The estimate of the noise: eps = (x - alpha x_0) / sigma."""
+    return {"x": 1.0 / start.sigma, "denoised": -start.alpha / start.sigma}
+
+
+class Rows:
+    """Collects the rows of a plan, a network call each."""
+
+    def __init__(self, levels: NoiseLevels, clip: Clip) -> None:
+        self.levels = levels
+        self.rows: list[Row] = []
+        self.clip = None if clip is None else checks.interval("clip", clip)
+
+    def add(
+        self,
+        at: Point,
+        to: Point | None,
+        weights: Weights,
+        noise: tuple[float, ...] = (),
+        keep: Mapping[int, Weights] | None = None,
+        kept_noise: Mapping[int, tuple[float, ...]] | None = None,
+    ) -> None:
+        """The call at a point: the next sample, which the network sees at ``to`` (None: the run is
+        over), and by slot what is kept."""
+        outputs: list[tuple[Weights, tuple[float, ...], str | int]] = [(weights, noise, "x")]
+        for slot, kept in (keep or {}).items():
+            outputs.append((kept, (kept_noise or {}).get(slot, ()), slot))
+        if to is not None and to.input_scale != 1.0:
+            scaled = combined((to.input_scale, weights))
+            outputs.append((scaled, tuple(to.input_scale * s for s in noise), "input"))
+        # What is neither clipped nor kept need not be computed by itself.
+        estimated = self.clip is not None or bool(keep)
+        made = [Output(w if estimated else folded(w, at.estimate), z, target)
+                for w, z, target in outputs]  # fmt: skip
+        estimate = at.estimate if estimated else (0.0, 0.0)
+        self.rows.append(Row(tuple(made), estimate, self.clip, model_time=at.time,
+                             input_scale=at.input_scale))  # fmt: skip
+
+    def plan(self, solver: str, initial_scale: float | None = None) -> Plan:
+        """What was collected; initial_scale: where the run does not begin at the first level."""
+        scale = self.levels.initial_scale if initial_scale is None else initial_scale
+        discrete = self.levels.discrete and all(r.model_time.is_integer() for r in self.rows)
+        return Plan(tuple(self.rows), scale, discrete, solver)

@@ -1,0 +1,204 @@
+"""Every solver reaches the exact solution at the order that it claims, whatever the path."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+
+from fastgen import levels, solvers
+from fastgen.levels import NoiseLevels
+from fastgen.plan import Plan
+from fastgen.schedules import NoiseSchedule
+
+FIRST, LAST = -2.0, 2.0  # lambda = log(alpha / sigma), where a run begins and ends
+SHARES = ((0.4, -1.0, 0.3), (0.6, 0.6, 0.5))  # of the data: share, mean, spread
+X = np.linspace(-2.5, 2.5, 41)  # x / sqrt(alpha^2 + sigma^2), where the runs begin
+
+
+def denoised(x, alpha, sigma):
+    """E[x_0 | x = alpha x_0 + sigma eps] for a mixture of two Gaussians: the exact network."""
+    total = weighted = 0.0
+    for share, mean, spread in SHARES:
+        variance = alpha**2 * spread**2 + sigma**2
+        density = share / math.sqrt(variance) * np.exp(-((x - alpha * mean) ** 2) / (2 * variance))
+        total = total + density
+        weighted = weighted + density * (mean + alpha * spread**2 / variance * (x - alpha * mean))
+    return weighted / total
+
+
+@functools.cache
+def truth() -> np.ndarray:
+    """y = x / alpha at the end: dy/ds = (y - x_0) / s by Runge-Kutta 4 in log s."""
+    count = 2000
+    h = (LAST - FIRST) / count
+    y = X * math.sqrt(1 + math.exp(-2 * FIRST))
+
+    def slope(point, y):  # dy/dlambda = x_0 - y
+        return denoised(y, 1.0, math.exp(-point)) - y
+
+    for i in range(count):
+        point = FIRST + i * h
+        k1 = slope(point, y)
+        k2 = slope(point + h / 2, y + h / 2 * k1)
+        k3 = slope(point + h / 2, y + h / 2 * k2)
+        k4 = slope(point + h, y + h * k3)
+        y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return y
+
+
+def path(name: str, steps: int) -> NoiseLevels:
+    """From FIRST to LAST in lambda, in steps that grow: a multistep method begins with its first
+    order, whose error would else be all that is seen."""
+    ramp = np.linspace(0.0, 1.0, steps + 1) ** 3
+    ratios = np.exp(-(FIRST + (LAST - FIRST) * ramp))
+    if name == "vp":
+        schedule = NoiseSchedule.from_alpha_bars(1 / (1 + np.exp(-2 * np.linspace(3, -3, 1000))))
+        return schedule.levels_at(ratios, prediction="epsilon")
+    if name == "ve":
+        return levels.denoiser_levels(ratios)
+    return levels.flow_levels(ratios / (1 + ratios))
+
+
+def run(plan: Plan, points: NoiseLevels, x: np.ndarray, normals=None) -> np.ndarray:
+    """A plan's own numbers in float64. The network is exact: from what a row says of its output."""
+    history: dict[str, np.ndarray] = {}
+    for i, row in enumerate(plan.rows):
+        at = seen(row, points)
+        d = denoised(x, at.alpha, at.sigma)
+        of_x, of_e = at.estimate
+        values = {"x": x, "e": (d - of_x * x) / of_e, "denoised": d, **history}
+        for output in row.outputs:
+            y = sum(weight * values[name] for name, weight in output.weights.items())
+            for scale in output.noise:
+                y = y + (scale * normals[i] if scale else 0.0)
+            if output.target == "x":
+                x = y
+            elif output.target != "input":
+                history[f"h{output.target}"] = y
+    return x
+
+
+def seen(row, points: NoiseLevels):
+    """The point where a row calls the network, by its time."""
+    for point in points.points:
+        if point.time == row.model_time:
+            return point
+    low, high = 1e-9, 1e9  # time grows with the ratio
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if points.at(middle).time < row.model_time else (low, middle)
+    return points.at(low)
+
+
+def error(solver, name: str, steps: int) -> float:
+    points = path(name, steps)
+    first = points.points[0]
+    x = X * math.hypot(first.alpha, first.sigma)
+    y = run(solver(points), points, x) / points.end.alpha
+    return float(np.abs(y - truth()).max())
+
+
+DETERMINISTIC = {
+    "euler": (solvers.euler, 1),
+    "euler_ancestral, eta 0": (functools.partial(solvers.euler_ancestral, eta=0.0), 1),
+    "heun": (solvers.heun, 2),
+    "dpm2": (solvers.dpm2, 2),
+    "gradient_estimation, gamma 1.5": (
+        functools.partial(solvers.gradient_estimation, gamma=1.5), 2),
+    "lms 1": (functools.partial(solvers.lms, order=1), 1),
+    "lms 2": (functools.partial(solvers.lms, order=2), 2),
+    "lms 3": (functools.partial(solvers.lms, order=3), 3),
+    "lms 4": (functools.partial(solvers.lms, order=4), 4),
+    "deis 2": (functools.partial(solvers.deis, order=2), 2),
+    "deis 3": (functools.partial(solvers.deis, order=3), 3),
+    "deis 4": (functools.partial(solvers.deis, order=4), 4),
+    "dpm_multistep 1": (functools.partial(solvers.dpm_multistep, order=1), 1),
+    "dpm_multistep 2": (functools.partial(solvers.dpm_multistep, order=2), 2),
+    "dpm_multistep 2, heun": (functools.partial(solvers.dpm_multistep, order=2, kind="heun"), 2),
+    "dpm_multistep 3": (functools.partial(solvers.dpm_multistep, order=3), 3),
+    "dpmpp_multistep 1": (functools.partial(solvers.dpmpp_multistep, order=1), 1),
+    "dpmpp_multistep 2": (functools.partial(solvers.dpmpp_multistep, order=2), 2),
+    "dpmpp_multistep 2, heun": (
+        functools.partial(solvers.dpmpp_multistep, order=2, kind="heun"), 2),
+    "dpmpp_multistep 3": (functools.partial(solvers.dpmpp_multistep, order=3), 3),
+    "dpmpp_multistep 3, published": (
+        functools.partial(solvers.dpmpp_multistep, order=3, published=True), 2),
+    "dpmpp_2m": (solvers.dpmpp_2m, 2),
+    "dpmpp_2m_sde, eta 0": (functools.partial(solvers.dpmpp_2m_sde, eta=0.0), 2),
+    "dpmpp_3m_sde, eta 0": (functools.partial(solvers.dpmpp_3m_sde, eta=0.0), 3),
+    "dpmpp_2s_ancestral, eta 0": (functools.partial(solvers.dpmpp_2s_ancestral, eta=0.0), 2),
+    "dpmpp_sde, eta 0": (functools.partial(solvers.dpmpp_sde, eta=0.0), 2),
+    "dpm_singlestep 2": (functools.partial(solvers.dpm_singlestep, order=2), 2),
+    "dpm_singlestep 3": (functools.partial(solvers.dpm_singlestep, order=3), 3),
+    "dpm_singlestep 2, noise": (
+        functools.partial(solvers.dpm_singlestep, order=2, data=False), 2),
+    "dpm_singlestep 3, noise": (
+        functools.partial(solvers.dpm_singlestep, order=3, data=False), 3),
+    **{
+        f"unipc {order}, {variant}, {'data' if data else 'noise'}, {'with' if c else 'without'}": (
+            functools.partial(solvers.unipc, order=order, variant=variant, data=data, corrector=c,
+                              lower_order_final=False), order + c)
+        for order in (1, 2, 3) for variant in ("bh1", "bh2") for data in (True, False)
+        for c in (True, False)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("way", ["vp", "ve", "flow"])
+def test_the_error_falls_with_the_order(name, way):
+    solver, order = DETERMINISTIC[name]
+    steps = (40, 80, 160) if order < 4 else (60, 120, 240)
+    errors = [error(solver, way, n) for n in steps]
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert slope > order - 0.25, errors
+    assert slope < order + 0.6, errors
+
+
+# ---- what is drawn -------------------------------------------------------------------------------
+
+MEAN, SPREAD = 0.4, 0.7
+STOCHASTIC = {
+    "euler_ancestral": solvers.euler_ancestral,
+    "euler_ancestral, eta 0.5": functools.partial(solvers.euler_ancestral, eta=0.5),
+    "euler, churn": functools.partial(solvers.euler, s_churn=20.0),
+    "heun, churn": functools.partial(solvers.heun, s_churn=20.0, s_tmin=0.2, s_tmax=4.0),
+    "dpm2_ancestral": functools.partial(solvers.dpm2, eta=1.0),
+    "sde_dpm_multistep 1": functools.partial(solvers.dpm_multistep, order=1, sde=True),
+    "sde_dpm_multistep 2": functools.partial(solvers.dpm_multistep, sde=True),
+    "sde_dpm_multistep 2, heun": functools.partial(solvers.dpm_multistep, sde=True, kind="heun"),
+    "dpmpp_2m_sde": solvers.dpmpp_2m_sde,
+    "dpmpp_2m_sde, heun, eta 0.5": functools.partial(solvers.dpmpp_2m_sde, kind="heun", eta=0.5),
+    "dpmpp_3m_sde": solvers.dpmpp_3m_sde,
+    "dpmpp_2s_ancestral": solvers.dpmpp_2s_ancestral,
+    "dpmpp_sde": solvers.dpmpp_sde,
+    "dpmpp_sde, r 0.4": functools.partial(solvers.dpmpp_sde, r=0.4),
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("way", ["vp", "ve", "flow"])
+def test_what_is_drawn_has_the_distribution_of_the_end(name, way, monkeypatch):
+    """For Gaussian data a run is linear in its first sample and its normals: one run for each of
+    them gives mean and variance, which come to those at the run's end as the steps grow finer."""
+    monkeypatch.setattr("test_orders.SHARES", ((1.0, MEAN, SPREAD),))
+    errors = []
+    for steps in (30, 60, 120):
+        points = path(way, steps)
+        plan = STOCHASTIC[name](points)
+        first, count = points.points[0], len(plan)
+        scale = plan.initial_scale / points.initial_scale  # churn begins above the first level
+        spread = math.hypot(first.alpha * SPREAD, scale * first.sigma)
+        x = np.full(count + 2, first.alpha * MEAN)
+        x[1] += spread
+        normals = np.zeros((count, count + 2))
+        normals[np.arange(count), np.arange(count) + 2] = 1.0
+        end = run(plan, points, x, normals)
+        mean, variance = end[0], ((end[1:] - end[0]) ** 2).sum()
+        wanted = points.end.alpha * MEAN, points.end.alpha**2 * SPREAD**2 + points.end.sigma**2
+        errors.append(max(abs(mean - wanted[0]), abs(variance / wanted[1] - 1.0)))
+    assert errors[2] < 1e-3 or errors[2] < 0.65 * errors[1], errors
+    assert abs(2 * errors[2] - errors[1]) < 0.025, errors  # with no steps at all
