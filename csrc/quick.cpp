@@ -168,11 +168,11 @@ bool may_spoil(const View& out, const View& given) {
 // One step of a Loop, into the tensors given; false, with nothing written, where one is out of the
 // ordinary or the network's output shares memory with what is written. guided: the output holds
 // two samples of each, [uncond, cond].
-bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle history,
-               py::handle outs, py::handle row, py::handle guidance, py::handle seed,
+bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle noise,
+               py::handle history, py::handle outs, py::handle row, py::handle guidance, py::handle seed,
                py::handle sample_ids, py::handle noise_step, py::handle streams, bool guided,
                int threads) {
-    constexpr int kRoom = 3 + kHistory + kOutputs;
+    constexpr int kRoom = 3 + kNoises + kHistory + kOutputs;
     View views[kRoom];
     Tensor* slots[kRoom];
     int count = 0;
@@ -207,6 +207,8 @@ bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle hi
     } else if (!add(p.cond, output.ptr()) || (!uncond.is_none() && !add(p.uncond, uncond.ptr()))) {
         return false;
     }
+    for (int m = 0; m < int(PyTuple_GET_SIZE(noise.ptr())); ++m)
+        if (m == kNoises || !add(p.given_noise[m], PyTuple_GET_ITEM(noise.ptr(), m))) return false;
     const int given = count;
     for (int k = 0; k < kHistory && k < int(PyTuple_GET_SIZE(history.ptr())); ++k) {
         PyObject* slot = PyTuple_GET_ITEM(history.ptr(), k);

@@ -3,8 +3,9 @@
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 
-from . import solvers
+from . import sigmas, solvers
 from .backends import info
+from .levels import NoiseLevels, denoiser_levels, edm_levels, flow_levels
 from .loop import Loop
 from .ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .ops.forward import add_noise
@@ -23,6 +24,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "Loop",
+    "NoiseLevels",
     "NoiseSchedule",
     "Output",
     "Plan",
@@ -35,6 +37,9 @@ __all__ = [
     "conv_transpose3d",
     "ddim_step",
     "ddpm_step",
+    "denoiser_levels",
+    "edm_levels",
+    "flow_levels",
     "gaussian_kl",
     "gaussian_kl_monte_carlo",
     "info",
@@ -42,6 +47,7 @@ __all__ = [
     "randn",
     "reparameterize",
     "sample",
+    "sigmas",
     "solvers",
     "stack_rows",
     "step",

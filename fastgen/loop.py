@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from . import backends, checks
 from .ops import kernel
 from .ops.dispatch import is_eager
-from .plan import MAX_OUTPUTS, Output, Plan, Row
+from .plan import MAX_NOISES, MAX_OUTPUTS, Output, Plan, Row
 
 
 class Loop:
@@ -25,10 +25,10 @@ class Loop:
         result = loop.x
 
     plan: what a solver returned. x: the first sample (B, ...), which a Loop reads and never writes
-    (a network that writes into its input would). seed, sample_ids: of the step
-    noise; needed where the plan draws any. guidance_scale: g, a float or one per sample, for steps
-    that are given ``uncond``. guided: whether the network is called once with [uncond, cond], so
-    that ``model_input`` and ``time`` have 2 B rows.
+    (a network that writes into its input would). seed, sample_ids: of the step noise; needed where
+    the plan draws any, unless every step is given its ``noise``. guidance_scale: g, a float or one
+    per sample, for steps that are given ``uncond``. guided: whether the network is called once with
+    [uncond, cond], so that ``model_input`` and ``time`` have 2 B rows.
 
     Two buffers hold the sample turn and turn about, and nothing is allocated from step to step: a
     sample is overwritten two steps later, so clone what you keep of ``x``.
@@ -56,8 +56,6 @@ class Loop:
         checks.tensor("x", x)
         if any("known" in row.reads for row in plan.rows):
             raise ValueError("plan: a row reads 'known', which a Loop does not carry: fastgen.step")
-        if plan.stochastic and seed is None:
-            raise ValueError(f"seed: got None, but {plan.solver or 'the plan'} draws noise")
         self.plan, self._x, self.index = plan, x.detach(), 0
         self.history: list[Tensor | None] = [None] * plan.history
         self._batch, self._guided = x.shape[0], guided
@@ -197,19 +195,29 @@ class Loop:
         self._refuse_when_done()
         return self._times[self.index]
 
-    def step(self, output: Tensor, uncond: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        output: Tensor,
+        uncond: Tensor | None = None,
+        *,
+        noise: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Moves the sample one row on by the network's output (of model_input's shape if guided:
-        its halves are then uncond and cond). Returns the new sample, which the step after the next
+        its halves are then uncond and cond). noise: the row's normals z_0, ..., of x's shape,
+        instead of those that the seed gives. Returns the new sample, which the step after the next
         overwrites.
 
         Raises ValueError or TypeError for an output that does not fit, IndexError when done.
         """
-        if self._step_straight(output, uncond):
+        normals = () if noise is None else (noise,) if isinstance(noise, Tensor) else tuple(noise)
+        if self._step_straight(output, uncond, normals):
             return self._x
         with torch.no_grad():
-            return self._step(output, uncond)
+            return self._step(output, uncond, normals)
 
-    def _step_straight(self, output: Tensor, uncond: Tensor | None) -> bool:
+    def _step_straight(
+        self, output: Tensor, uncond: Tensor | None, normals: tuple[Tensor, ...]
+    ) -> bool:
         """The straight path on the CPU: one native call that looks at the tensors and runs; False
         where anything is out of the ordinary, for ``_step`` to serve or to refuse with a reason."""
         if self._native is None or self.index == len(self._rows) or not is_eager():
@@ -218,10 +226,13 @@ class Loop:
         halves = self._guided and uncond is None
         if not halves and uncond is None and ("u" in row.reads or not is_one(self._guidance)):
             return False
+        drawn = row.noises > len(normals)
+        if drawn and self._seed is None:
+            return False
         targets = self._targets()
-        seed = self._seed if row.noises else None
+        seed = self._seed if drawn else None
         if not self._native.loop_step(
-            self._x, output, uncond, tuple(self.history), targets, row.packed,
+            self._x, output, uncond, normals, tuple(self.history), targets, row.packed,
             self._packed_guidance, seed, self._ids, self.index, kernel.STEP_STREAMS, halves,
             torch.get_num_threads(),
         ):  # fmt: skip
@@ -230,7 +241,7 @@ class Loop:
         self._move_to(targets)
         return True
 
-    def _step(self, output: Tensor, uncond: Tensor | None) -> Tensor:
+    def _step(self, output: Tensor, uncond: Tensor | None, normals: tuple[Tensor, ...]) -> Tensor:
         row = self.row
         if self._guided and uncond is None:
             checks.like("output", output, "model_input", self._input)
@@ -241,7 +252,17 @@ class Loop:
                 checks.like("uncond", uncond, "x", self.x)
         if uncond is None and ("u" in row.reads or not is_one(self._guidance)):
             raise ValueError("uncond: got None, but the run is guided or its row reads it")
+        for m, z in enumerate(normals):
+            checks.like(f"noise[{m}]", z, "x", self.x)
+        if len(normals) > MAX_NOISES:
+            raise ValueError(f"noise: got {len(normals)} tensors, expected at most {MAX_NOISES}")
+        if row.noises > len(normals) and self._seed is None:
+            raise ValueError(
+                f"seed: got None, but {self.plan.solver or 'the plan'} draws noise; give the Loop "
+                "a seed, or the step its noise"
+            )
         targets = self._targets()
+        normals = tuple(_kept_apart(z, targets) for z in normals)
         output = _kept_apart(output, targets)
         uncond = None if uncond is None else _kept_apart(uncond, targets)
         kernel.run(
@@ -249,8 +270,8 @@ class Loop:
             backend=kernel.choose(self._backend, self.x, output, uncond),
             dtypes=[t.dtype for t in targets], device=self.x.device, x=self.x, cond=output,
             uncond=uncond, history=tuple(self.history), guidance=self._guidance,
-            seed=self._seed if row.noises else None, sample_ids=self._ids, step=self.index,
-            out=targets,
+            noise=normals, seed=self._seed if row.noises > len(normals) else None,
+            sample_ids=self._ids, step=self.index, out=targets,
         )  # fmt: skip
         self._move_to(targets)
         return self.x

@@ -73,6 +73,8 @@ def sample(
         x = _first_sample(plan, shape, seed, sample_ids, dtype, device)
     elif dtype is not None or device is not None:
         raise ValueError("dtype, device: go with shape; x has its own")
+    if plan.stochastic and seed is None:
+        raise ValueError(f"seed: got None, but {plan.solver or 'the plan'} draws noise")
     reads_uncond = any("u" in row.reads for row in plan.rows)
     guided = guidance_scale is not None and (reads_uncond or not is_one(guidance_scale))
     if guided:

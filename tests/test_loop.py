@@ -158,6 +158,29 @@ def test_nothing_of_a_samples_size_is_allocated_from_step_to_step():
             assert taken == [size], held.shape
 
 
+@pytest.mark.parametrize("plan", [NOISY, RICH])
+def test_noise_may_be_given_step_by_step(plan):
+    x, guided = start(), plan is RICH
+    options = {"guided": guided, "guidance_scale": 2.0 if guided else 1.0}
+    drawn = Loop(plan, x, seed=3, **options)
+    given, kept = Loop(plan, x, **options), Loop(plan, x, **options)
+    while not drawn.done:
+        i, output = drawn.index, network(drawn.model_input, drawn.time)
+        z = [fastgen.randn(SHAPE, seed=3, step=i, stream=s) for s in (2, 8, 9, 10)]
+        z = z[: drawn.row.noises]
+        drawn.step(output)
+        given.step(output, noise=z[0] if len(z) == 1 else z)
+        kept._step(output, None, tuple(z))
+        assert_bitwise(given.x, drawn.x)
+        assert_bitwise(kept.x, drawn.x)
+    lacking = Loop(plan, x, **options)
+    with pytest.raises(ValueError, match="seed: got None"):
+        lacking.step(output)
+    with pytest.raises(ValueError, match="noise\\[0\\]: got shape"):
+        lacking.step(output, noise=torch.zeros(1))
+    assert lacking.index == 0
+
+
 def unusual_runs():
     """(plan, x, options, what the network's output is made into) of many kinds of run."""
     x = start((2, 3, 4, 5))
@@ -513,8 +536,8 @@ def test_default_ids_are_the_places_in_the_batch():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: Loop(NOISY, start()), ValueError, "seed.*ddim"),
-        (lambda: Loop(RICH, start()), ValueError, "seed"),
+        (lambda: Loop(NOISY, start()).step(start()), ValueError, "seed.*ddim"),
+        (lambda: sample(network, NOISY, x=start()), ValueError, "seed.*ddim"),
         (lambda: Loop(DDIM, [0.0]), TypeError, "x"),
         (lambda: Loop(DDIM, torch.zeros(2, dtype=torch.int64)), TypeError, "x"),
         (lambda: Loop(DDIM, torch.zeros(())), ValueError, "x"),

@@ -280,13 +280,15 @@ def dpmpp_sde(
     eta: float = 1.0,
     s_noise: float = 1.0,
     r: float = 0.5,
+    correlated: bool = True,
     prediction: str = "epsilon",
     clip: Clip = None,
     spacing: str = "trailing",
 ) -> Plan:
     """DPM-Solver++ (stochastic), two calls a step: Lu et al. (2022b), algorithm 1, each part going
-    down and back up. The noise of a whole step holds that of its first part, as Brownian motion's
-    does. r: where in log-SNR the middle lies. The rest as for ``euler_ancestral``."""
+    down and back up. r: where in log-SNR the middle lies. correlated: the noise of a whole step
+    holds that of its first part, as Brownian motion's does. The rest as for
+    ``euler_ancestral``."""
     levels = levels_of(levels, steps, prediction, spacing)
     eta, s_noise = _numbers(eta=eta, s_noise=s_noise)
     if not 0.0 < checks.number("r", r) < 1.0:
@@ -301,19 +303,21 @@ def dpmpp_sde(
         down, up = down_and_up(at, middle, eta)
         drawn = (s_noise * up,)
         kept: dict[int, Weights] = {0: {"x": 1.0}, 1: {"denoised": 1.0}}
-        if up > 0.0:
+        if up > 0.0 and correlated:
             kept[2] = {}
         rows.add(at, middle, first_order(at, down), drawn, kept, {2: (1.0,)})
         down, up = down_and_up(at, end, eta)
         whole, share = first_order(at, down), 0.5 / r
-        of_first = math.sqrt((at.ratio - middle.ratio) / (at.ratio - end.ratio))
+        of_first = 0.0
+        if correlated:
+            of_first = math.sqrt((at.ratio - middle.ratio) / (at.ratio - end.ratio))
         of_second = math.sqrt(1.0 - of_first**2)
         weights = {
             "h0": whole["x"],
             "h1": (1.0 - share) * whole["denoised"],
             "denoised": share * whole["denoised"],
         }
-        if up > 0.0:
+        if up > 0.0 and correlated:
             weights["h2"] = s_noise * up * of_first
         rows.add(middle, levels.next(i), weights, (s_noise * up * of_second,))
     return rows.plan("dpmpp_sde")

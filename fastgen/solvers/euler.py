@@ -153,6 +153,9 @@ def dpm2(
     steps: int | None = None,
     *,
     eta: float = 0.0,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
     s_noise: float = 1.0,
     prediction: str = "epsilon",
     clip: Clip = None,
@@ -161,21 +164,27 @@ def dpm2(
     """The midpoint method with the middle at the geometric mean of the levels: DPM-Solver-2, Lu et
     al. (2022), algorithm 1, on Karras et al.'s (2022) variables. Second order; two calls a step,
     one in a last step to sigma = 0. eta: 0 is deterministic, 1 ancestral ("DPM2 a"). The rest as
-    for ``euler_ancestral``."""
+    for ``euler``."""
     levels = levels_of(levels, steps, prediction, spacing)
-    eta, s_noise = _numbers(eta=eta, s_noise=s_noise)
-    rows = Rows(levels, clip)
-    for i, (at, end) in enumerate(levels.pairs):
+    eta, *churn = _numbers(eta=eta, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    if eta > 0.0 and s_churn > 0.0:
+        raise ValueError("eta, s_churn: got both, which are two ways to add the same noise")
+    seen, rows = _churned(levels, *churn[:3]), Rows(levels, clip)
+    for i, (at, (_, end)) in enumerate(zip(seen, levels.pairs, strict=True)):
+        to = seen[i + 1] if i + 1 < len(seen) else None
+        factor, deviation = (1.0, 0.0) if to is None else _lift(end, to, churn[3])
         down, up = down_and_up(at, end, eta)
+        noise = (deviation or churn[3] * up,)
         if down.sigma == 0.0:
-            rows.add(at, levels.next(i), first_order(at, down), (s_noise * up,))
+            rows.add(at, to, first_order(at, down), noise)
             continue
         middle = levels.at(math.sqrt(at.ratio * down.ratio))
         rows.add(at, middle, first_order(at, middle), keep={0: {"x": end.alpha / at.alpha}})
         h = down.ratio - at.ratio
         weights = combined((1.0, {"h0": 1.0}), (h * end.alpha, slope(middle)))
-        rows.add(middle, levels.next(i), weights, (s_noise * up,))
-    return rows.plan("dpm2" if eta == 0.0 else "dpm2_ancestral")
+        rows.add(middle, to, combined((factor, weights)), noise)
+    name = "dpm2" if eta == 0.0 else "dpm2_ancestral"
+    return rows.plan(name, _first_scale(levels, seen[0]))
 
 
 def gradient_estimation(

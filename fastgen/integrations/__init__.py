@@ -1,0 +1,1 @@
+"""fastgen's samplers under the names and signatures of other libraries."""
