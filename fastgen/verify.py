@@ -1,5 +1,6 @@
-"""Every op on every backend of this machine against the eager reference and float64, on random
-shapes, strides and dtypes: what ``fastgen verify`` runs. Needs hypothesis."""
+"""Every op on every backend of this machine against the eager reference, and that against the
+papers' formulas in float64, on random shapes, strides and dtypes: what ``fastgen verify`` runs.
+Needs hypothesis."""
 
 from __future__ import annotations
 
@@ -13,11 +14,15 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as seeded
 from torch import Tensor
 
-from . import backends
+from . import backends, verify_formulas
 from .testing import DTYPES, bits, error_ratio, laid_out, sample_tensor, ulps
 from .verify_cases import OPS, name_of
 
 TIMES = 2.0  # the error allowed, over PyTorch's own
+# Of the largest value, between the reference in float64 and the paper's formula: float32's rounding
+# of coefficients (2^-24) and of the polynomials for normals and exponentials (2 ulp), where the
+# terms of a sum are up to 40 times its value (epsilon prediction at alpha_bar = 1e-3).
+FORMULA = 40 * 8 * 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,11 @@ class Measure:
 class Breach(AssertionError):
     """A promise that a backend does not keep, with the case that shows it."""
 
-    def __init__(self, op: str, backend: str, case: Mapping[str, Any], what: str) -> None:
+    def __init__(
+        self, op: str, backend: str, case: Mapping[str, Any], what: str, found: Any = None
+    ) -> None:
         self.op, self.backend, self.case, self.what = op, backend, dict(case), what
+        self.found: Measure | None = found
         super().__init__(f"{op} on {backend}: {what}\n{self.line}")
 
     @property
@@ -43,12 +51,15 @@ class Breach(AssertionError):
         """Python that shows it again."""
         options = ", ".join(f"{name}={value!r}" for name, value in self.case.items())
         call = f"check({self.op!r}, {self.backend!r}, {options})"
-        return f"from fastgen.verify import check; {call}"
+        interpreter = self.backend == "triton" and backends.triton_interpreted()
+        before = "import os; os.environ['TRITON_INTERPRET'] = '1'; " if interpreter else ""
+        return f"{before}from fastgen.verify import check; {call}"
 
 
 def check(op: str, backend: str, **case: Any) -> Measure:
     """Runs one case on a backend and on the eager reference. Raises ``Breach`` where the op fails,
-    the bits differ, or for conv_transpose the error is more than twice PyTorch's own."""
+    the bits differ, the reference is not the paper's formula, or for conv_transpose the error is
+    more than twice PyTorch's own."""
     entry = OPS[op]
     device = device_of(backend)
     special = entry.exact and case["seed"] % 3 == 0
@@ -67,6 +78,8 @@ def check(op: str, backend: str, **case: Any) -> Measure:
     eager = "reference" if entry.exact else "eager"
     expected = _tensors(entry.run(on_host, eager, **case))
     exact = _tensors(entry.run(functools.partial(on_host, precise=True), eager, **case))
+    if not special:  # where infinities meet, formulas differ in the order of operations
+        _hold_to_formula(op, backend, case, functools.partial(on_host, precise=True), exact)
     measures = [
         _measure(a, e, o, entry.exact) for a, e, o in zip(actual, expected, exact, strict=True)
     ]
@@ -77,10 +90,26 @@ def check(op: str, backend: str, **case: Any) -> Measure:
     )
     if entry.exact and not found.bitwise:
         distance = f"by up to {found.ulps} ulps" if found.ulps else "in the sign of zeros"
-        raise Breach(op, backend, case, f"bits differ, {distance}")
+        raise Breach(op, backend, case, f"bits differ, {distance}", found)
     if not entry.exact and found.ratio > TIMES:
-        raise Breach(op, backend, case, f"the error is {found.ratio:.3g} times PyTorch's own")
+        raise Breach(
+            op, backend, case, f"the error is {found.ratio:.3g} times PyTorch's own", found
+        )
     return found
+
+
+def _hold_to_formula(op: str, backend: str, case, make, exact: list[Tensor]) -> None:
+    """Raises ``Breach`` where the reference in float64 is not the paper's formula, but for its
+    coefficients, which are rounded to float32."""
+    formula = getattr(verify_formulas, op, None)
+    if formula is None:
+        return
+    for value, wanted in zip(exact, _tensors(formula(make, **case)), strict=True):
+        known = wanted.isfinite()  # where the formula says something
+        scale = wanted[known].abs().amax() if known.any() else 0.0
+        allowed = FORMULA + torch.finfo(value.dtype).eps  # drawn in a lower dtype: rounded to it
+        if not bool(((value - wanted).abs() <= allowed * scale)[known].all()):
+            raise Breach(op, backend, case, "the reference is not the paper's formula")
 
 
 def _tensors(results: Any) -> list[Tensor]:
@@ -184,6 +213,7 @@ def _verdict(op: str, backend: str, dtype: torch.dtype, cases: int, seed: int) -
         run()
     except Breach as breach:
         what, line = breach.what, breach.line
+        measures += [breach.found] if breach.found else []
     return Verdict(
         op, backend, name_of(dtype), len(measures),
         all(m.bitwise for m in measures) and not what,
