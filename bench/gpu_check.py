@@ -3,14 +3,18 @@
 Builds fastgen for this machine's GPU without downloading anything, then runs each part of
 bench/gpu_parts.py in a process of its own: a part that fails, crashes or hangs does not stop the
 rest. Leaves log.txt, results.json, the benchmarks' bench.json and pictures in one folder; exits
-with 1 where a part failed. With --dry, the same on a machine without a GPU as far as it goes:
-Triton's kernels in the interpreter on tiny shapes, a benchmark, and the static checks.
+with 1 where a part failed or there was no time for it. With --dry, the same on a machine without a
+GPU as far as it goes: Triton's kernels in the interpreter on tiny shapes, a benchmark, and the
+static checks; two minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -54,9 +58,10 @@ class Log:
 
 
 def run(command: list[str], seconds: float, log: Log, **environment: str) -> int:
-    """The command's exit code, its output in the log as it comes; 124 where it took too long."""
+    """The command's exit code, its output in the log as it comes; 124 where it took too long.
+    Nothing that it started is left behind."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **environment}, text=True,
+        command, cwd=ROOT, env={**os.environ, **environment}, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
@@ -64,22 +69,28 @@ def run(command: list[str], seconds: float, log: Log, **environment: str) -> int
         for line in process.stdout or ():
             log(f"  {line.rstrip()}")
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
         log(f"  stopped after {seconds:.0f} s")
         return 124
     finally:
-        reader.join()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(5)  # a daemon of its own may hold the pipe
 
 
-def has_gpu() -> bool:
+def without_gpu() -> str:
+    """Why this python cannot run the check, or nothing."""
+    if importlib.util.find_spec("torch") is None:
+        return f"{sys.executable} has no torch; make gpu-check PYTHON=... takes another"
     import torch
 
-    return torch.cuda.is_available()
+    return "" if torch.cuda.is_available() else (
+        "no GPU that torch can use; make gpu-check DRY=1 rehearses without one")  # fmt: skip
 
 
 def build(log: Log, dry: bool) -> tuple[int, dict[str, str]]:
@@ -135,11 +146,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", action="append", choices=[name for name, _ in PARTS])
     options = parser.parse_args(arguments)
     out = options.out or ROOT / "build" / "gpu-check-results"
-    out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "log.txt")
-    if not options.dry and not has_gpu():
-        log("no GPU that torch can use; --dry rehearses without one")
+    if not 0 < options.minutes < math.inf:
+        parser.error(f"--minutes: got {options.minutes}, expected more than 0")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = Log(out / "log.txt")
+    except OSError as error:
+        parser.error(f"--out: {error}")
+    reason = "" if options.dry else without_gpu()
+    if reason:
+        log(reason)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of every finally
     environment: dict[str, str] = {"TRITON_INTERPRET": "1"} if options.dry else {}
     results: dict[str, dict] = {}
     if not options.no_build:
@@ -157,21 +175,23 @@ def main(arguments: list[str] | None = None) -> int:
         seconds = min(seconds, end - start)
         if seconds < LEAST:
             log(f"  left out: the {options.minutes:g} minutes are over")
-            results[name] = {"passed": True, "seconds": 0.0, "summary": "left out: no time left"}
+            results[name] = {"passed": None, "seconds": 0.0, "summary": "no time left"}
             continue
         file = out / f"{name}.json"
         file.unlink(missing_ok=True)
         command = [sys.executable, str(BENCH / "gpu_parts.py"), name, str(file)]
         code = run(command + ["--dry"] * options.dry, seconds, log, **environment)
-        found = json.loads(file.read_text()) if file.exists() else {}
+        found = {}
+        with contextlib.suppress(OSError, ValueError):  # of a part that ended too soon
+            found = json.loads(file.read_text())
         results[name] = {"passed": code == 0, "exit_code": code, **found,
                          "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
         (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "results.json").write_text(json.dumps(results, indent=1))
     log("== summary")
     for name, result in results.items():
-        verdict = "passed" if result["passed"] else "FAILED"
-        log(f"  {name:<16} {verdict} {result['seconds']:>7.1f} s  {result.get('summary', '')}")
+        verdict = {True: "passed", False: "FAILED", None: "LEFT OUT"}[result["passed"]]
+        log(f"  {name:<16} {verdict:<8} {result['seconds']:>7.1f} s  {result.get('summary', '')}")
     return 0 if all(result["passed"] for result in results.values()) else 1
 
 

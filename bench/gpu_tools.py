@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +18,7 @@ METRICS = {
     "dram__bytes.sum.per_second": "bytes a second",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of the memory's peak",
 }
-SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
+SUMMARY = re.compile(r"(?:ERROR SUMMARY: ([\d,]+) error|RACECHECK SUMMARY: ([\d,]+) hazard)")
 
 
 def tool(name: str) -> str | None:
@@ -29,13 +32,18 @@ def under(command: list[str], part: str, seconds: float) -> str:
     parts = Path(__file__).with_name("gpu_parts.py")
     # a cache of memory would hide what lies outside of a tensor
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run = [*command, sys.executable, str(parts), part, os.devnull]
+    process = subprocess.Popen(
+        [*command, sys.executable, str(parts), part, os.devnull], env=environment, text=True,
+        errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(run, env=environment, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=seconds)  # fmt: skip
+        return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
         return f"stopped after {seconds:.0f} s"
-    return done.stdout
+    finally:  # the tool, and the program that it watches
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def sanitizer(seconds: float = 110) -> dict:
@@ -56,9 +64,9 @@ def sanitizer(seconds: float = 110) -> dict:
 def errors(text: str) -> int | None:
     """What the sanitizer counted; None where it could not run the program to its end."""
     found = SUMMARY.findall(text)
-    if not found or "small: every kernel ran" not in text:
-        return None
-    return sum(int(a or b) for a, b in found)
+    count = sum(int((a or b).replace(",", "")) for a, b in found)
+    ran = bool(found) and "small: every kernel ran" in text
+    return count if ran or count else None
 
 
 def counters(seconds: float = 110) -> dict:
@@ -88,5 +96,8 @@ def kernels(text: str) -> list[dict]:
     for line in csv.DictReader(lines[start:]):
         if line.get("Metric Name") in METRICS:
             row = found.setdefault(line["ID"], {"kernel": line["Kernel Name"]})
-            row[line["Metric Name"]] = float(line["Metric Value"].replace(",", ""))
+            with contextlib.suppress(ValueError):  # "n/a"
+                value = float(line["Metric Value"].replace(",", ""))
+                if math.isfinite(value):
+                    row[line["Metric Name"]] = value
     return [row for row in found.values() if len(row) == 1 + len(METRICS)]

@@ -181,7 +181,7 @@ bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle no
         View& view = views[count];
         slots[count] = &slot;
         return is_ordinary(tensor, false) && try_look_at(tensor, view) && view.on_cpu &&
-               view.dtype >= 0 && (count++ == 0 || view.has_size_of(views[0]));
+               view.dtype >= 0 && view.ndim <= kMaxRank && (count++ == 0 || view.has_size_of(views[0]));
     };
     if (!add(p.x, x.ptr())) return false;
     const int64_t batch = views[0].ndim ? views[0].size[0] : 0;

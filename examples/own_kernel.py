@@ -3,6 +3,8 @@
 python examples/own_kernel.py    (without a GPU: TRITON_INTERPRET=1 before it, and no times)
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,8 @@ def eager(x, gate):
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("no GPU: set TRITON_INTERPRET=1")
     for seed, shape in enumerate([(1,), (7, 5), (2, 3, 1025), (4, 4096)]):
         x, gate = (
             testing.random_layout(testing.sample_tensor(shape, seed=s).to(device), seed)

@@ -56,7 +56,8 @@ def _verify(options: argparse.Namespace) -> int:
     found = verify(options.ops, options.backend or (), cases=options.cases, seed=options.seed)
     with tempfile.TemporaryDirectory() as folder:  # hypothesis keeps notes of its own
         configuration.set_hypothesis_home_dir(folder)
-        verdicts = list(tqdm(found, desc="verifying", unit="verdict", leave=False))
+        verdicts = list(tqdm(found, desc="verifying", unit="verdict", leave=False,
+                             disable=None))  # fmt: skip
     table = Table(title=f"fastgen {fastgen.__version__}, torch {torch.__version__}")
     for column in (
         "op",
@@ -95,7 +96,11 @@ def add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench", help="time every op beside eager PyTorch, torch.compile, diffusers and others"
     )
-    bench.add_argument("ops", nargs="*", metavar="op", help="which benchmarks; all if none")
+    bench.add_argument(
+        "ops", nargs="*", metavar="op",
+        help="which benchmarks: step, guidance, forward, noise, reparameterize, conv_transpose, "
+        "sampling, sizes, process; all if none",
+    )  # fmt: skip
     bench.add_argument(
         "--against",
         default="",
@@ -139,6 +144,11 @@ def _bench(options: argparse.Namespace) -> int:
     _check_file(options.save)
     if options.draw is not None and not options.draw.is_dir():
         raise ValueError(f"--draw: {options.draw} is not a folder")
+    if old is not None and options.ops and not {r.file for r in old.records} & set(options.ops):
+        raise ValueError(f"--compare: {options.compare} has none of the cases that would be timed")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5 * torch.get_num_threads():
+        print(f"the machine is busy (load {load:.1f}): times will be longer, and comparisons wrong")
     status, results = _timed(options, options.ops, options.save)
     if results is None:
         return status

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from . import backends, checks
 from .ops import kernel
-from .ops.dispatch import is_eager
+from .ops.dispatch import is_eager, is_plain
 from .plan import MAX_NOISES, MAX_OUTPUTS, Output, Plan, Row
 
 
@@ -36,7 +36,7 @@ class Loop:
     interrupt a run and go on, with the same bits. Gradients are not recorded: for those, call
     ``fastgen.step``. backend: as for every op.
 
-    index: how many steps were taken. history: former results that the plan's rows read.
+    index: how many steps were taken.
 
     Raises TypeError or ValueError for arguments that do not fit.
     """
@@ -57,25 +57,28 @@ class Loop:
         if any("known" in row.reads for row in plan.rows):
             raise ValueError("plan: a row reads 'known', which a Loop does not carry: fastgen.step")
         self.plan, self._x, self.index = plan, x.detach(), 0
-        self.history: list[Tensor | None] = [None] * plan.history
+        self._history: list[Tensor | None] = [None] * plan.history
         self._batch, self._guided = x.shape[0], guided
         self._backend = backend
         name = kernel.choose(backend, x)  # refuses now what cannot serve
-        self._native = backends.native() if name == "cpu" else None
+        self._straight = name == "cpu"
+        self._inference = torch.is_inference_mode_enabled()
         self._seed: kernel.Seed = None
         self._ids: int | Tensor = 0
+        self._ids = checks.sample_ids(sample_ids, self._batch, x.device)
         if seed is not None:
             checks.size(x.shape)
             self._seed = checks.seed(seed, self._batch, x.device)
-            self._ids = checks.sample_ids(sample_ids, self._batch, x.device)
         guidance = checks.per_sample("guidance_scale", guidance_scale, self._batch, x.device)
         self._guidance: float | Tensor = guidance
         self._packed_guidance: float | tuple[Tensor, int]
         if isinstance(guidance, Tensor):
-            self._guidance = guidance.float()
-            self._packed_guidance = (self._guidance.contiguous(), int(guidance.numel() > 1))
+            self._guidance = guidance.float().resolve_neg().contiguous()
+            self._packed_guidance = (self._guidance, int(guidance.numel() > 1))
         else:
             self._packed_guidance = float(guidance)
+        keys = (self._seed[0] if isinstance(self._seed, tuple) else None, self._ids, guidance)
+        self._straight &= is_plain(*(t for t in keys if isinstance(t, Tensor)))
         self._rows = (
             [_with_input(row) for row in plan.rows[:-1]] if guided else list(plan.rows[:-1])
         )
@@ -126,6 +129,11 @@ class Loop:
         self._refuse_when_done()
         return self.plan.rows[self.index]
 
+    @property
+    def history(self) -> tuple[Tensor | None, ...]:
+        """What the rows keep, by slot; a later step overwrites it."""
+        return tuple(self._history)
+
     def _refuse_when_done(self) -> None:
         if self.done:
             raise IndexError(f"the run is done: all {len(self.plan)} steps were taken")
@@ -137,7 +145,7 @@ class Loop:
 
         The rest of a run is its plan, seed, sample_ids and guidance_scale, which the caller has.
         """
-        history = [None if h is None else h.clone() for h in self.history]
+        history = [None if h is None else h.clone() for h in self._history]
         scaled = not self.done and self.row.input_scale != 1.0
         made = self._input[: self._batch].clone() if scaled else None
         return {"plan": self.plan.digest, "index": self.index, "x": self._x.clone(),
@@ -158,9 +166,9 @@ class Loop:
             raise ValueError(f"state['plan']: is another plan's than this run's {self.plan!r}")
         index = checks.integer("state['index']", state["index"], 0, len(self.plan) + 1)
         history = list(state["history"])
-        if len(history) != len(self.history):
+        if len(history) != len(self._history):
             raise ValueError(
-                f"state['history']: got {len(history)} slots, expected {len(self.history)}"
+                f"state['history']: got {len(history)} slots, expected {len(self._history)}"
             )
         x = checks.like("state['x']", state["x"], "x", self._x)
         if state["input"] is not None:
@@ -168,8 +176,14 @@ class Loop:
         for slot, kept in enumerate(history):
             if kept is not None:
                 checks.like(f"state['history'][{slot}]", kept, "x", self._x)
+        there = {f"h{slot}" for slot, kept in enumerate(history) if kept is not None}
+        for row in self.plan.rows[index:]:
+            lacking = {name for name in row.reads if name[0] == "h"} - there
+            if lacking:
+                raise ValueError(f"state['history']: lacks slot {min(lacking)[1]}, which is read")
+            there |= {f"h{output.target}" for output in row.outputs}
         self.index = index
-        self.history = [None if h is None else h.to(self._history_dtype, copy=True)
+        self._history = [None if h is None else h.to(self._history_dtype, copy=True)
                         for h in history]  # fmt: skip
         if 0 < index < len(self.plan):
             self._x = self._buffers[(index - 1) % 2][: self._batch]
@@ -209,6 +223,9 @@ class Loop:
 
         Raises ValueError or TypeError for an output that does not fit, IndexError when done.
         """
+        if self._inference and not torch.is_inference_mode_enabled():
+            raise ValueError("the Loop was made under torch.inference_mode, whose tensors are "
+                             "written there alone")  # fmt: skip
         normals = () if noise is None else (noise,) if isinstance(noise, Tensor) else tuple(noise)
         if self._step_straight(output, uncond, normals):
             return self._x
@@ -220,7 +237,7 @@ class Loop:
     ) -> bool:
         """The straight path on the CPU: one native call that looks at the tensors and runs; False
         where anything is out of the ordinary, for ``_step`` to serve or to refuse with a reason."""
-        if self._native is None or self.index == len(self._rows) or not is_eager():
+        if not self._straight or self.index == len(self._rows) or not is_eager():
             return False
         row = self._rows[self.index]
         halves = self._guided and uncond is None
@@ -231,8 +248,8 @@ class Loop:
             return False
         targets = self._targets()
         seed = self._seed if drawn else None
-        if not self._native.loop_step(
-            self._x, output, uncond, normals, tuple(self.history), targets, row.packed,
+        if not backends._native.loop_step(
+            self._x, output, uncond, normals, tuple(self._history), targets, row.packed,
             self._packed_guidance, seed, self._ids, self.index, kernel.STEP_STREAMS, halves,
             torch.get_num_threads(),
         ):  # fmt: skip
@@ -269,7 +286,7 @@ class Loop:
             self.x.shape, self._rows[self.index],
             backend=kernel.choose(self._backend, self.x, output, uncond),
             dtypes=[t.dtype for t in targets], device=self.x.device, x=self.x, cond=output,
-            uncond=uncond, history=tuple(self.history), guidance=self._guidance,
+            uncond=uncond, history=tuple(self._history), guidance=self._guidance,
             noise=normals, seed=self._seed if row.noises > len(normals) else None,
             sample_ids=self._ids, step=self.index, out=targets,
         )  # fmt: skip
@@ -279,6 +296,11 @@ class Loop:
     def _move_to(self, targets: tuple[Tensor, ...]) -> None:
         """To the next row, once the targets were written."""
         self._x = targets[0]
+        if len(targets) > 1:
+            outputs = self._rows[self.index].outputs
+            for output, kept in zip(outputs[1:], targets[1:], strict=True):
+                if isinstance(output.target, int):
+                    self._history[output.target] = kept
         self.index += 1
         if self.index < len(self._rows):
             self._input = self._next_input()
@@ -296,10 +318,8 @@ class Loop:
         if not isinstance(target, int):
             made = self._makes[self.index]
             return self._made_input[: self._batch] if made else halves[1]  # type: ignore[index]
-        kept = self.history[target]
-        if kept is None:
-            kept = self.history[target] = torch.empty_like(self._x, dtype=self._history_dtype)
-        return kept
+        kept = self._history[target]
+        return torch.empty_like(self._x, dtype=self._history_dtype) if kept is None else kept
 
     def _next_input(self) -> Tensor:
         before = self.index - 1

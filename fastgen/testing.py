@@ -101,14 +101,17 @@ def error_ratio(actual: Tensor, reference: Tensor, oracle: Tensor) -> float:
     """The error of ``actual`` against ``oracle`` (float64), over what is allowed for once: that of
     ``reference``, or one rounding of the largest value, since a reference may be right by chance.
 
-    Where the reference or the oracle is not finite nothing is asked; infinite where ``actual`` is
-    not finite and both of them are.
+    Infinite where ``actual`` is not finite and both of them are, or finite where both are NaN, or
+    both the same infinity; where one of them alone is finite nothing is asked.
     """
     dtype = actual.dtype
     if not dtype.is_floating_point or not actual.shape == reference.shape == oracle.shape:
         raise ValueError("actual, reference, oracle: expected floating tensors of one shape")
     actual, reference, exact = (v.detach().cpu().double() for v in (actual, reference, oracle))
     finite = exact.isfinite() & reference.isfinite()
+    lost = (exact.isnan() & reference.isnan()) | (exact.isinf() & (exact == reference))
+    if bool((lost & actual.isfinite()).any()):
+        return float("inf")
     if not finite.any():
         return 0.0
     unit = torch.finfo(dtype).eps * exact.abs()[finite].max()

@@ -96,6 +96,13 @@ def steady(results):
     return dataclasses.replace(results, records=records)
 
 
+def test_a_file_without_the_cases_is_refused_before_anything_is_timed(saved, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "guidance", "--compare", str(saved)])
+    assert stop.value.code == 2
+    assert "has none of the cases" in capsys.readouterr().err
+
+
 def test_what_became_slower_is_named(saved):
     results = steady(report.load(saved))
     assert report.slower(results, results) == {}
@@ -103,7 +110,7 @@ def test_what_became_slower_is_named(saved):
     assert report.slower(results, changed(results, 0.5)) == {}
     lines = list(report.slower(results, changed(results, 1.15)).values())
     assert len(lines) == 4
-    assert lines[0].startswith("add_noise (1, 16, 8), fastgen: 1.15 times the time (")
+    assert lines[0].startswith("add_noise (1, 16, 8), fastgen: 1.15 times the time, beside its")
     # a slower machine is no slower kernel, and a faster one hides none
     everything = ("fastgen", "fastgen reference", "eager", "copy_")
     assert report.slower(results, changed(results, 1.15, everything)) == {}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +85,8 @@ RAN = "small: every kernel ran\n"
         (RAN + "========= ERROR SUMMARY: 3 errors", 3),
         (RAN + "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)", 2),
         ("========= Error: Device not supported", None),
+        (RAN + "========= ERROR SUMMARY: 1,234 errors", 1234),
+        ("========= ERROR SUMMARY: 5 errors", 5),  # which ended the program
         ("========= ERROR SUMMARY: 0 errors", None),  # it ended before the kernels did
         ("stopped after 110 s", None),
     ],
@@ -96,6 +101,7 @@ def test_the_counters_are_read():
     values = dict(zip(names, ("1,234.5", "4e12", "88.1"), strict=True))
     lines = [f'"{i}","7","step_kernel","{name}","u","{value}"'
              for i in (0, 1) for name, value in values.items()]  # fmt: skip
+    lines.append(f'"3","7","other","{names[0]}","u","n/a"')
     rows = gpu_tools.kernels("\n".join(["==PROF== Connected", head, *lines, '"2","7","cut"']))
     assert rows == [{"kernel": "step_kernel", names[0]: 1234.5, names[1]: 4e12, names[2]: 88.1}] * 2
     assert gpu_tools.kernels("==ERROR== ERR_NVGPUCTRPERM") == []
@@ -131,13 +137,40 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch, capsys
 def test_what_there_is_no_time_for_is_left_out_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "PARTS", (("machine", 60),))
     out = tmp_path / "out"
-    assert gpu_check.main(["--dry", "--no-build", "--minutes", "0.01", "--out", str(out)]) == 0
-    assert json.loads((out / "results.json").read_text())["machine"]["summary"] == (
-        "left out: no time left"
-    )
+    assert gpu_check.main(["--dry", "--no-build", "--minutes", "0.01", "--out", str(out)]) == 1
+    found = json.loads((out / "results.json").read_text())["machine"]
+    assert (found["passed"], found["summary"]) == (None, "no time left")
 
 
-def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "has_gpu", lambda: False)
+def test_without_a_gpu_or_torch_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu_check.main(["--out", str(tmp_path / "out")]) == 1
-    assert "--dry rehearses without one" in capsys.readouterr().out
+    assert "DRY=1 rehearses without one" in capsys.readouterr().out
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "has no torch; make gpu-check PYTHON=" in gpu_check.without_gpu()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--minutes", "nan"], "--minutes"), (["--minutes", "-1"], "--minutes"),
+     (["--out", "/proc/nowhere"], "--out")],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.main(["--dry", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_that_a_part_started_is_left_behind(tmp_path):
+    log = gpu_check.Log(tmp_path / "log.txt")
+    code = (
+        "import subprocess, sys; print('\\xff'); sys.stdout.buffer.write(b'\\xff\\n');"
+        "print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
+    )
+    start = time.monotonic()
+    assert gpu_check.run([sys.executable, "-c", code], 30, log) == 0
+    assert time.monotonic() - start < 10
+    child = int((tmp_path / "log.txt").read_text().split()[-1])
+    status = Path(f"/proc/{child}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"

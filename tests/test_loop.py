@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -745,3 +747,57 @@ def test_a_run_that_is_done_says_so():
     for access in (lambda: loop.row, lambda: loop.time, lambda: loop.step(torch.ones(1, 2))):
         with pytest.raises(IndexError, match="the run is done"):
             access()
+
+
+# ---- what must not happen ------------------------------------------------------------------------
+
+
+def test_samples_of_many_dims():
+    x = torch.ones([1] * 64 + [3])
+    assert_bitwise(Loop(DDIM, x).step(x.clone()).flatten(),
+                   Loop(DDIM, x.view(1, 3)).step(torch.ones(1, 3)).flatten())  # fmt: skip
+
+
+def test_guidance_may_be_a_negative_view():
+    output, uncond = start(), start(seed=2)
+    g = torch.tensor([1 + 2j]).conj().imag
+    ours = Loop(DDIM, start(), guidance_scale=g).step(output, uncond)
+    assert_bitwise(ours, Loop(DDIM, start(), guidance_scale=-2.0).step(output, uncond))
+
+
+def test_a_loop_can_be_copied_and_pickled():
+    loop = Loop(MULTISTEP, start())
+    loop.step(start(seed=2))
+    for copied in (copy.deepcopy(loop), pickle.loads(pickle.dumps(loop))):
+        assert_bitwise(copied.step(start(seed=3)), copy.deepcopy(loop).step(start(seed=3)))
+
+
+def test_a_refused_step_keeps_no_history():
+    loop = Loop(MULTISTEP, start())
+    with pytest.raises(ValueError, match="output"):
+        loop.step(start((3, 14)))
+    assert loop.history == (None, None)
+    with pytest.raises(AttributeError):
+        loop.history = (None, start())
+
+
+def test_a_state_without_the_history_that_is_read_is_refused():
+    loop = Loop(MULTISTEP, start())
+    loop.step(start(seed=2))
+    state = loop.state_dict()
+    with pytest.raises(ValueError, match="lacks slot 0"):
+        loop.load_state_dict({**state, "history": [None, None]})
+
+
+def test_a_loop_of_inference_mode_is_stepped_there():
+    with torch.inference_mode():
+        loop = Loop(DDIM, start())
+        loop.step(start(seed=2))
+    with pytest.raises(ValueError, match="inference_mode"):
+        loop.step(start(seed=2))
+    assert loop.index == 1
+
+
+def test_sample_ids_are_checked_without_a_seed():
+    with pytest.raises(ValueError, match="sample_ids"):
+        Loop(DDIM, start(), sample_ids=[1])

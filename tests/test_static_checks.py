@@ -19,10 +19,18 @@ def test_instructions_that_round_differently_are_found():
     @%p1 fma.rn.f32 %f1, %f2, %f2, %f1;
     { cvt.rn.bf16.f32 %rs1, %f1;}
     { ex2.approx.ftz.f32 %f1, %f1; }
+    setp.lt.ftz.f32 %p1, %f1, %f2;
     setp.lt.f32 %p1, %f1, %f2; min.f32 %f1, %f1, %f2; add.s32 %r1, %r1, %r2;
     sqrt.approx.f32 %f1, %f1; ld.global.v4.f32 {%f1}, [%rd1]; cvt.rn.f32.u32 %f1, %r1; }"""
     assert static_checks.inexact(ptx) == {
-        *("add.f32", "fma.rn.f32", "ex2.approx.ftz.f32", "min.f32", "sqrt.approx.f32")
+        *(
+            "setp.lt.ftz.f32",
+            "add.f32",
+            "fma.rn.f32",
+            "ex2.approx.ftz.f32",
+            "min.f32",
+            "sqrt.approx.f32",
+        )
     }
 
 
@@ -53,6 +61,7 @@ def test_warps_are_those_of_the_occupancy_calculator():
     assert kernel(registers=255).warps == 8
     assert kernel(registers=16, threads=32).warps == 32  # 32 blocks at most
     assert kernel(registers=16, threads=1024).warps == 64
+    assert kernel(registers=33, threads=64).warps == 48  # 12 warps a partition
     assert kernel(registers=16, shared=100 << 10).warps == 16  # two blocks' shared memory
 
 

@@ -500,3 +500,13 @@ def test_more_than_two_to_the_thirty_one_elements():
     y = fastgen.combine([x, x], [0.5, 2.0])
     assert (y[:, -1] == y[0, 0]).all()
     assert torch.equal(y[1, -9:], y[0, :9])
+
+
+@pytest.mark.parametrize("bad", ["x", 1.5, -1, 2**24, True])
+def test_a_bad_step_is_refused_where_nothing_is_drawn(bad):
+    x, row = torch.ones(1, 3), Row((Output({"x": 0.5}),))
+    for seed in (None, 1):
+        if seed is None and bad != "x":
+            continue
+        with pytest.raises((TypeError, ValueError), match="step"):
+            fastgen.step(row, x, x, seed=seed, step=bad)

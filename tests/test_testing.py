@@ -160,3 +160,11 @@ def test_the_example_of_a_kernel_of_ones_own_runs():
     done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "at most twice" in done.stdout
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), float("-inf")])
+def test_a_kernel_that_swallows_what_is_not_finite_is_found(value):
+    there = torch.tensor([1.0, value])
+    testing.assert_close_to_oracle(there, there, there.double())
+    with pytest.raises(AssertionError, match="inf times"):
+        testing.assert_close_to_oracle(torch.tensor([1.0, 0.0]), there, there.double())

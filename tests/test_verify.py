@@ -118,3 +118,15 @@ def test_a_backend_that_serves_nowhere_is_named():
     with pytest.raises(ValueError, match="cuda serves none of these ops"):
         list(verify.verify(["randn"], ["cuda"]))
     assert set(verify.served("conv_transpose")) <= set(backends.BACKENDS)
+
+
+def test_a_formula_that_every_backend_gets_wrong_is_found(monkeypatch):
+    right = fastgen.ddim_step
+
+    def wrong(x, e, a_t, a_s, **more):
+        return right(x, e, a_t, min(1.0, a_s * 1.001), **more)
+
+    monkeypatch.setattr(fastgen, "ddim_step", wrong)
+    found = list(verify.verify(["ddim_step"], ["cpu"], cases=20))
+    assert all(v.what == "the reference is not the paper's formula" for v in found)
+    assert "check('ddim_step', 'cpu'" in found[0].line

@@ -63,6 +63,7 @@ def step(
         type(row) is Row and len(row.outputs) == 1 and outputs in (None, 1) and dtypes is None
         and row_index is None and output_scale is None and (noise is None or row.noises == 1)
         and type(history) in (tuple, list) and len(history) <= HISTORY
+        and (step is None or (type(step) is int and 0 <= step < checks.MAX_STEPS))
     ):  # fmt: skip
         result = _straight(row, x, output, uncond, known, logvar, history, guidance_scale, seed,
                            noise, step, sample_ids, out, backend)  # fmt: skip
