@@ -126,9 +126,9 @@ py::object quick_step(py::handle operands, py::handle noise, py::handle out, py:
                       double guidance, py::handle seed, int64_t noise_step, py::handle streams,
                       bool grad, int threads);
 bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle noise,
-               py::handle history, py::handle outs, py::handle row, py::handle guidance, py::handle seed,
-               py::handle sample_ids, py::handle noise_step, py::handle streams, bool guided,
-               int threads);
+               py::handle history, py::handle outs, py::handle row, py::handle guidance,
+               py::handle seed, py::handle sample_ids, py::handle noise_step, py::handle streams,
+               bool guided, int threads);
 py::object quick_reparameterize(py::handle mean, py::handle logvar, py::handle noise,
                                 py::handle out, py::handle kl, py::handle seed, int64_t noise_step,
                                 int noise_stream, bool grad, int threads);

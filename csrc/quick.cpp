@@ -169,9 +169,9 @@ bool may_spoil(const View& out, const View& given) {
 // ordinary or the network's output shares memory with what is written. guided: the output holds
 // two samples of each, [uncond, cond].
 bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle noise,
-               py::handle history, py::handle outs, py::handle row, py::handle guidance, py::handle seed,
-               py::handle sample_ids, py::handle noise_step, py::handle streams, bool guided,
-               int threads) {
+               py::handle history, py::handle outs, py::handle row, py::handle guidance,
+               py::handle seed, py::handle sample_ids, py::handle noise_step, py::handle streams,
+               bool guided, int threads) {
     constexpr int kRoom = 3 + kNoises + kHistory + kOutputs;
     View views[kRoom];
     Tensor* slots[kRoom];
@@ -181,7 +181,8 @@ bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle no
         View& view = views[count];
         slots[count] = &slot;
         return is_ordinary(tensor, false) && try_look_at(tensor, view) && view.on_cpu &&
-               view.dtype >= 0 && view.ndim <= kMaxRank && (count++ == 0 || view.has_size_of(views[0]));
+               view.dtype >= 0 && view.ndim <= kMaxRank &&
+               (count++ == 0 || view.has_size_of(views[0]));
     };
     if (!add(p.x, x.ptr())) return false;
     const int64_t batch = views[0].ndim ? views[0].size[0] : 0;

@@ -71,7 +71,7 @@ def test_a_number_that_float32_cannot_hold_is_refused(number):
         (lambda: stack_rows([X]), "rows: got"),
         (lambda: solvers.ddim([0.1], 1), "schedule: got list, expected a fastgen.NoiseSchedule"),
         (lambda: solvers.ddpm(None, 1), "schedule: got NoneType"),
-        (lambda: solvers.dpmpp_2m("linear", 1), "schedule: got str"),
+        (lambda: solvers.dpmpp_2m("linear", 1), "levels: got str"),
         (lambda: Plan(None), "rows: got NoneType"),
         (lambda: Plan((X,)), "rows: got a Output"),
         (lambda: Plan((NEXT,), initial_scale="1"), "initial_scale: got str"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from .. import checks
 from ..levels import NoiseLevels, Point
@@ -87,7 +88,7 @@ def noise_step(
     one, two, three = phi(-h)  # 1 - e^h, ...
     twice = 2.0 if sde else 1.0
     halved = kind == "midpoint" and not d2
-    half = 0.5 * one if halved else twice * two
+    half = twice * (0.5 * one if halved else two)
     return combined(
         (end.alpha / start.alpha, x), (twice * end.sigma * one, m0),
         (end.sigma * half, d1), (-twice * end.sigma * three, d2),
@@ -97,13 +98,16 @@ def noise_step(
 def _multistep(
     levels: NoiseLevels, clip: Clip, solver: str, *, order: int, noise: bool = False,
     eta: float = 0.0, s_noise: float = 1.0, kind: str = "midpoint", lower_final: bool = False,
-    published: bool = False,
+    published: bool = False, orders: Sequence[int] | None = None,
 ) -> Plan:  # fmt: skip
+    """orders: of each step, where they are not those that order and lower_final give."""
     rows, count = Rows(levels, clip), len(levels)
     for i, (at, end) in enumerate(levels.pairs):
         known = min(order, i + 1)
         if lower_final:
             known = min(known, count - i)
+        if orders is not None:
+            known = orders[i]
         if end.sigma == 0.0 or at.alpha == 0.0:
             known = 1
         h = end.log_snr - at.log_snr

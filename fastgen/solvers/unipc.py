@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -60,6 +61,7 @@ def unipc(
     variant: str = "bh2",
     data: bool = True,
     corrector: bool = True,
+    without_corrector: Sequence[int] = (),
     lower_order_final: bool = True,
     prediction: str = "epsilon",
     clip: Clip = None,
@@ -69,7 +71,8 @@ def unipc(
     the sample that it was made at.
 
     order: 1 to 3. variant: B(h) = h ("bh1") or e^h - 1 ("bh2"). data: the estimate of x_0 is
-    integrated, else that of the noise. corrector: whether there is one. lower_order_final: the last
+    integrated, else that of the noise. corrector: whether there is one; without_corrector: the
+    steps that have none all the same. lower_order_final: the last
     steps are of lower order. A last step to sigma = 0 is of first order. The rest as for ``euler``.
     """
     levels = levels_of(levels, steps, prediction, spacing)
@@ -85,7 +88,8 @@ def unipc(
             return now if k == 0 else {past(i, k, 3): 1.0}
 
         x: Weights = {"x": 1.0}
-        if corrector and i > 0 and points[i - 1].alpha > 0.0:
+        corrects = corrector and i not in without_corrector
+        if corrects and i > 0 and points[i - 1].alpha > 0.0:
             start = points[i - 1]
             h = at.log_snr - start.log_snr
             others = [((points[i - 1 - k].log_snr - start.log_snr) / h, estimate(k + 1))

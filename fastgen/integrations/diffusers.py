@@ -1,0 +1,628 @@
+"""diffusers' schedulers by their own names, a kernel a step.
+
+    from fastgen.integrations import diffusers as fast
+    pipe.scheduler = fast.convert(pipe.scheduler)             # or fast.convert(pipe)
+    pipe.scheduler = fast.DDIMScheduler.from_config(pipe.scheduler.config)
+
+Each class is a subclass of diffusers' own: configuration, timesteps, sigmas, ``add_noise``, loading
+and saving are diffusers', and a pipeline saved with one records diffusers' class. The arithmetic of
+``step`` alone is replaced, by one row of a plan: float64 on the host from diffusers' float32
+levels, then one kernel. What a row cannot hold (dynamic thresholding, timesteps off the grid, churn
+that is asked for, per-token timesteps) is left to diffusers' own ``step``.
+
+noise: "torch" (the default) draws as diffusers does, from the generator or the global one, so that
+a seed gives the image that it gave before; "fastgen" makes the noise in the kernel, a function of
+(seed, sample, step, element): the seeds are drawn from the generators at a run's first step, and
+with a list of generators an image's noise does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import diffusers
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError:
+    raise ImportError("fastgen.integrations.diffusers needs diffusers (0.38 to 0.42)") from None
+
+from .. import backends, solvers
+from ..levels import NoiseLevels, Point, estimate_of
+from ..ops import kernel
+from ..ops.dispatch import is_eager, wants_gradient
+from ..plan import Output, Plan, Row
+from ..solvers.ddim import ddim_row
+from ..solvers.ddpm import ddpm_row
+from ..solvers.dpm import _multistep
+
+logger = logging.getLogger("fastgen")
+NOISES = ("torch", "fastgen")
+SHOWN = 6  # the slot of what is shown beside the sample: the estimate of x_0
+_KINDS = {"epsilon": "epsilon", "sample": "sample", "original_sample": "sample",
+          "v_prediction": "v", "flow_prediction": "flow"}  # fmt: skip
+_CLASSES: dict[str, Any] = {}
+
+
+# ---- one step ------------------------------------------------------------------------------------
+
+
+def _advance(
+    row: Row, x: Tensor, output: Tensor, normals: tuple[Tensor, ...], history: tuple,
+    dtypes: Sequence[torch.dtype], seed: kernel.Seed, ids: int | Tensor, step: int,
+    logvar: Tensor | None = None,
+) -> Sequence[Tensor]:  # fmt: skip
+    """The row's results: straight to the CPU's kernel, or by way of every check."""
+    if not wants_gradient(x, output, *normals, *history):
+        if x.is_cpu and logvar is None and is_eager() and backends._native is not None:
+            outs = tuple(torch.empty_like(x, dtype=dtype) for dtype in dtypes)
+            if backends._native.loop_step(
+                x, output, None, normals, history, outs, row.packed, 1.0, seed, ids, step,
+                kernel.STEP_STREAMS, False, torch.get_num_threads(),
+            ):  # fmt: skip
+                return outs
+    return kernel.run(
+        x.shape, row, backend=kernel.choose(None, x, output, results=dtypes), dtypes=dtypes,
+        device=x.device, like=x, x=x, cond=output, logvar=logvar, history=history, noise=normals,
+        seed=seed, sample_ids=ids, step=step,
+    )  # fmt: skip
+
+
+def _check(sample: Tensor, output: Tensor) -> None:
+    if output.shape != sample.shape:
+        raise ValueError(
+            f"model_output: got shape {tuple(output.shape)}, expected the sample's "
+            f"{tuple(sample.shape)}"
+        )
+
+
+def _showing(row: Row, shown: dict[str, float]) -> Row:
+    """The row, with the estimate of x_0 (or what is shown in its place) as its last output."""
+    return Row(
+        (*row.outputs, Output(shown, target=SHOWN)), row.denoised, row.clip, row.logvar,
+        row.model_time, row.input_scale,
+    )  # fmt: skip
+
+
+def _estimate(row: Row, at: Point) -> dict[str, float]:
+    if row.denoised != (0.0, 0.0):
+        return {"denoised": 1.0}
+    return {"x": at.estimate[0], "e": at.estimate[1]}
+
+
+class _Fast:
+    """What all classes share; ``_build`` gives the rows of a run, one a call of ``step``."""
+
+    _noise, _compat = "torch", ""
+    _rows: Any = None  # of the run, a list once its first step is taken
+    _start = 0  # the step where the run began
+    _kept: list[Tensor | None]
+    _seeds: tuple[kernel.Seed, int | Tensor] | None = None
+    config: Any  # diffusers' own
+    timesteps: Tensor
+    sigmas: Tensor
+    alphas_cumprod: Tensor
+    num_inference_steps: int | None
+    step_index: int | None
+    _step_index: int
+    _init_step_index: Callable[[Any], None]
+    _upcasts = False  # whether diffusers computes in float32 and shows the estimate in it
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, *,
+                    noise: str = "torch", compat: str = "", **kwargs: Any) -> Any:  # fmt: skip
+        """As diffusers'; noise: "torch" or "fastgen"; compat: "diffusers" for its numbers where
+        they are a defect's."""
+        if noise not in NOISES:
+            raise ValueError(f"noise: got {noise!r}, expected 'torch' or 'fastgen'")
+        if compat not in ("", "diffusers"):
+            raise ValueError(f"compat: got {compat!r}, expected 'diffusers' or nothing")
+        inherited: Any = super()
+        made = inherited.from_config(config, return_unused_kwargs, **kwargs)
+        new = made[0] if return_unused_kwargs else made
+        new._noise, new._compat = noise, compat
+        return made
+
+    def __reduce__(self) -> Any:
+        return _revived, (type(self).__name__,), self.__dict__
+
+    def _begin(self, start: int = 0) -> None:
+        """Rows of a run from a step on: the first ones of a multistep method read nothing yet."""
+        if self._rows is None or start != self._start:
+            self._start = start
+            self._rows = self._build()
+        self._kept, self._seeds = [None] * 7, None
+
+    def _build(self) -> list[Row]:
+        raise NotImplementedError
+
+    @property
+    def _clips(self) -> float | None:
+        config = self.config
+        clipped = getattr(config, "clip_sample", False)
+        return float(getattr(config, "clip_sample_range", 1.0)) if clipped else None
+
+    @property
+    def _prediction(self) -> str:
+        return _KINDS[self.config.prediction_type]
+
+    def _normals(
+        self, row: Row, output: Tensor, generator: Any, given: Tensor | None, draws: bool,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[tuple[Tensor, ...], kernel.Seed, int | Tensor]:  # fmt: skip
+        """(normals, seed, sample ids) of a step; draws: whether diffusers would."""
+        if given is not None:
+            return ((given,) if row.noises else ()), None, 0
+        if self._noise == "fastgen":
+            if not row.noises:
+                return (), None, 0
+            if self._seeds is None:
+                self._seeds = _seeds(generator, output)
+            return (), *self._seeds
+        if not draws:
+            return (), None, 0
+        z = randn_tensor(output.shape, generator=generator, device=output.device,
+                         dtype=dtype or output.dtype)  # fmt: skip
+        return ((z,) if row.noises else ()), None, 0
+
+    def _take(
+        self, index: int, row: Row, sample: Tensor, output: Tensor, noise: tuple,
+        logvar: Tensor | None = None, dtype: torch.dtype | None = None,
+    ) -> Sequence[Tensor]:  # fmt: skip
+        """The results of a row: the sample, and what is shown beside it."""
+        dtypes = [dtype or output.dtype]
+        for other in row.outputs[1:]:
+            wide = other.target != SHOWN or self._upcasts
+            dtypes.append(
+                torch.promote_types(sample.dtype, torch.float32) if wide else sample.dtype
+            )
+        normals, seed, ids = noise
+        history = tuple(self._kept[:4]) if self._keeps else ()
+        results = _advance(row, sample, output, normals, history, dtypes, seed, ids, index, logvar)
+        for other, made in zip(row.outputs[1:], results[1:], strict=True):
+            if isinstance(other.target, int) and other.target != SHOWN:
+                self._kept[other.target] = made
+        return results
+
+    _keeps = True  # whether rows read former results
+
+
+def _seeds(generator: Any, output: Tensor) -> tuple[kernel.Seed, int | Tensor]:
+    """Seeds for a run: one for each generator, drawn where it lives."""
+    generators = generator if isinstance(generator, list | tuple) else [generator]
+    drawn = [
+        torch.randint(2**63 - 1, (1,), generator=g, device="cpu" if g is None else g.device)
+        for g in generators
+    ]
+    if len(drawn) == 1 and drawn[0].is_cpu:
+        return int(drawn[0]), 0
+    seeds = torch.cat(drawn).to(output.device)
+    if len(drawn) == 1:
+        return (seeds, 0), 0
+    if len(drawn) != output.shape[0]:
+        raise ValueError(f"generator: got {len(drawn)}, expected one for each of "
+                         f"{output.shape[0]} samples")  # fmt: skip
+    return (seeds, 1), torch.zeros_like(seeds)
+
+
+def _revived(name: str) -> Any:
+    return _CLASSES[name].__new__(_CLASSES[name])
+
+
+def _register(cls: Any) -> Any:
+    """The class under diffusers' name, with its signatures."""
+    base: Any = cls.__bases__[1]
+
+    @functools.wraps(base.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        base.set_timesteps(self, *args, **kwargs)
+        self._rows = None
+
+    cls.set_timesteps = set_timesteps
+    cls.step = functools.wraps(base.step)(cls.step)
+    cls.__doc__ = f"diffusers' {base.__name__}, with a kernel a step."
+    cls.__name__ = cls.__qualname__ = base.__name__
+    cls.__module__ = base.__module__  # what a saved pipeline records
+    _CLASSES[cls.__name__] = cls
+    return cls
+
+
+# ---- schedulers of timesteps ---------------------------------------------------------------------
+
+
+class _ByTimestep(_Fast):
+    """Rows by timestep: these schedulers keep no count of their steps."""
+
+    _keeps = False
+    _places: dict[int, int]
+
+    def _row_at(self, timestep: Any) -> int | None:
+        """The row's index; None for a timestep that is not on the grid."""
+        if self._rows is None:
+            self._begin()
+            self._places = {int(t): i for i, t in enumerate(self.timesteps.tolist())}
+        return self._places.get(int(timestep))
+
+    def _point(self, alpha_bar: float) -> Point:
+        alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
+        return Point(alpha, sigma, 0.0, 1.0, estimate_of(self._prediction, alpha, sigma))
+
+    def _levels(self) -> list[tuple[int, float, float]]:
+        """(t, alpha_bar at t, alpha_bar at the next one) on the scheduler's own grid."""
+        table, grid = self.alphas_cumprod, self.timesteps.tolist()
+        final = getattr(self, "final_alpha_cumprod", None)
+        last = 1.0 if final is None else float(final)
+        levels = [float(table[t]) for t in grid]
+        following = [*levels[1:], last]
+        if self._compat:  # t - T // N, which leaves the grid where N does not divide T
+            ratio = self.config.num_train_timesteps // self.num_inference_steps
+            following = [float(table[t - ratio]) if t >= ratio else last for t in grid]
+        return list(zip(grid, levels, following, strict=True))
+
+
+@_register
+class DDIMScheduler(_ByTimestep, diffusers.DDIMScheduler):
+    def _build(self) -> list[Row]:
+        self._variants: dict[tuple, list[Row]] = {}
+        return self._variant(0.0, False)
+
+    def _variant(self, eta: float, again: bool) -> list[Row]:
+        rows = self._variants.get((eta, again))
+        if rows is None:
+            rows = []
+            for t, a_t, a_s in self._levels():
+                row = ddim_row(a_t, a_s, self._prediction, self._clips, eta, again, float(t))
+                rows.append(_showing(row, _estimate(row, self._point(a_t))))
+            self._variants[eta, again] = rows
+        return rows
+
+    def step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False,
+             generator=None, variance_noise=None, return_dict=True):  # fmt: skip
+        index = None
+        if self.num_inference_steps is not None and not self.config.thresholding:
+            index = self._row_at(timestep)
+        if index is None or (variance_noise is not None and generator is not None):
+            return super().step(model_output, timestep, sample, eta, use_clipped_model_output,
+                                generator, variance_noise, return_dict)  # fmt: skip
+        _check(sample, model_output)
+        row = self._variant(float(eta), bool(use_clipped_model_output))[index]
+        noise = self._normals(row, model_output, generator, variance_noise, eta > 0)
+        prev, shown = self._take(index, row, sample, model_output, noise)
+        if not return_dict:
+            return prev, shown
+        return diffusers.schedulers.scheduling_ddim.DDIMSchedulerOutput(prev, shown)
+
+
+@_register
+class DDPMScheduler(_ByTimestep, diffusers.DDPMScheduler):
+    _known = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range")
+
+    def _build(self) -> list[Row]:
+        rows, kind = [], self.config.variance_type
+        name = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large",
+                "learned_range": "learned"}.get(kind, kind)  # fmt: skip
+        for t, a_t, a_s in self._levels():
+            row = ddpm_row(a_t, a_s, self._prediction, self._clips, name, float(t))
+            if kind == "learned_range" and row.noises:
+                beta = 1.0 - a_t / a_s
+                low = math.log(max(beta * (1.0 - a_s) / (1.0 - a_t), 1e-20))
+                high = math.log(beta)
+                row = Row(row.outputs, row.denoised, row.clip, (0.5 * (high - low),
+                          0.5 * (high + low)), row.model_time)  # fmt: skip
+            rows.append(_showing(row, _estimate(row, self._point(a_t))))
+        return rows
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        index = None
+        if not self.config.thresholding and self.config.variance_type in self._known:
+            index = self._row_at(timestep)
+        if index is None:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        row, logvar = self._rows[index], None
+        if self.config.variance_type == "learned_range":
+            if model_output.shape[1] != 2 * sample.shape[1]:
+                return super().step(model_output, timestep, sample, generator, return_dict)
+            model_output, logvar = model_output.split(sample.shape[1], dim=1)
+            logvar = logvar if row.noises else None
+        _check(sample, model_output)
+        noise = self._normals(row, model_output, generator, None, int(timestep) > 0)
+        prev, shown = self._take(index, row, sample, model_output, noise, logvar)
+        if not return_dict:
+            return prev, shown
+        return diffusers.schedulers.scheduling_ddpm.DDPMSchedulerOutput(prev, shown)
+
+
+# ---- schedulers of sigmas ------------------------------------------------------------------------
+
+
+class _BySigma(_Fast):
+    """Rows by diffusers' own count of steps."""
+
+    def _next(self, timestep: Any, sample: Tensor, output: Tensor) -> int:
+        """The index of the step that is taken now, which diffusers counts."""
+        _check(sample, output)
+        if self.num_inference_steps is None:
+            raise ValueError(
+                "Number of inference steps is 'None', you need to run 'set_timesteps' after "
+                "creating the scheduler"
+            )
+        if self.step_index is None:
+            self._init_step_index(timestep)
+            self._begin(self._step_index)
+        elif self._rows is None:
+            self._begin(self._step_index)
+        index = self._step_index - self._start
+        if index >= len(self._rows):
+            raise IndexError("all steps were taken; run 'set_timesteps' again")
+        self._step_index += 1
+        return index
+
+    @property
+    def _run(self) -> list[float]:
+        """The sigmas of the run, from where it began."""
+        return self.sigmas[self._start :].tolist()
+
+    def _exploding(self, sigmas: Sequence[float]) -> NoiseLevels:
+        """Levels of x = x_0 + sigma eps, whose network sees x / sqrt(sigma^2 + 1)."""
+
+        def at(sigma: float) -> Point:
+            return Point(1.0, sigma, sigma, 1.0, estimate_of(self._prediction, 1.0, sigma))
+
+        return NoiseLevels(tuple(map(at, sigmas[:-1])), Point(1.0, sigmas[-1]), at)
+
+    def _preserving(self, sigmas: Sequence[float]) -> NoiseLevels:
+        """Levels of x = alpha (x_0 + sigma eps), or of straight paths where those are used."""
+        flow = getattr(self.config, "use_flow_sigmas", False)
+        ratios = [s / (1.0 - s) if flow and s < 1.0 else math.inf if flow else s for s in sigmas]
+
+        def at(ratio: float) -> Point:
+            if flow:
+                sigma = ratio / (1.0 + ratio) if ratio < math.inf else 1.0
+                alpha = 1.0 - sigma
+            else:
+                alpha = 1.0 / math.sqrt(1.0 + ratio * ratio)
+                sigma = alpha * ratio
+            return Point(alpha, sigma, ratio if ratio < math.inf else 0.0, 1.0,
+                         estimate_of(self._prediction, alpha, sigma))  # fmt: skip
+
+        end = at(ratios[-1]) if ratios[-1] > 0.0 else Point(1.0, 0.0)
+        return NoiseLevels(tuple(map(at, ratios[:-1])), end, at)
+
+    def _eulers(self, solver: Callable[[NoiseLevels], Plan]) -> list[Row]:
+        """A solver of one call a step. Where the run ends on its last level, as with
+        final_sigmas_type="sigma_min", the last step goes nowhere."""
+        sigmas = self._run
+        stays = sigmas[-1] == sigmas[-2]
+        rows: list[Row] = []
+        if not stays or len(sigmas) > 2:
+            levels = self._exploding(sigmas[:-1] if stays else sigmas)
+            rows = self._shown(solver(levels), levels.points)
+        if stays:
+            estimate = estimate_of(self._prediction, 1.0, sigmas[-1])
+            row = Row((Output({"x": 1.0}),), model_time=sigmas[-1])
+            rows.append(_showing(row, {"x": estimate[0], "e": estimate[1]}))
+        return rows
+
+    def _shown(self, plan: Plan, points: Sequence[Point]) -> list[Row]:
+        return [_showing(row, _estimate(row, at))
+                for row, at in zip(plan.rows, points, strict=True)]  # fmt: skip
+
+
+@_register
+class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
+    _upcasts, _keeps = True, False
+
+    def _build(self) -> list[Row]:
+        return self._eulers(solvers.euler)
+
+    def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
+             s_noise=1.0, generator=None, return_dict=True):  # fmt: skip
+        whole = isinstance(timestep, int | torch.IntTensor | torch.LongTensor)
+        if s_churn > 0.0 or whole or not self.is_scale_input_called:
+            return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
+                                generator, return_dict)  # fmt: skip
+        index = self._next(timestep, sample, model_output)
+        row = self._rows[index]
+        prev, shown = self._take(index, row, sample, model_output, ((), None, 0))
+        if not return_dict:
+            return prev, shown
+        return diffusers.schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput(
+            prev, shown
+        )
+
+
+@_register
+class EulerAncestralDiscreteScheduler(_BySigma, diffusers.EulerAncestralDiscreteScheduler):
+    _upcasts, _keeps = True, False
+
+    def _build(self) -> list[Row]:
+        return self._eulers(solvers.euler_ancestral)
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        whole = isinstance(timestep, int | torch.IntTensor | torch.LongTensor)
+        if whole or not self.is_scale_input_called or self._prediction == "sample":
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        index = self._next(timestep, sample, model_output)
+        row = self._rows[index]
+        noise = self._normals(row, model_output, generator, None, True)
+        prev, shown = self._take(index, row, sample, model_output, noise)
+        if not return_dict:
+            return prev, shown
+        module = diffusers.schedulers.scheduling_euler_ancestral_discrete
+        return module.EulerAncestralDiscreteSchedulerOutput(prev, shown)
+
+
+@_register
+class HeunDiscreteScheduler(_BySigma, diffusers.HeunDiscreteScheduler):
+    def _build(self) -> list[Row]:
+        sigmas = self._run
+        levels = self._exploding([sigmas[0], *sigmas[1:-1:2], sigmas[-1]])
+        plan = solvers.heun(levels, clip=self._clips)
+        points = [p for i, p in enumerate(levels.points) for _ in range(2 if i else 1)]
+        return self._shown(plan, points)
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        index = self._next(timestep, sample, model_output)
+        row = self._rows[index]
+        prev, *_, shown = self._take(index, row, sample, model_output, ((), None, 0),
+                                     dtype=sample.dtype)  # fmt: skip
+        if not return_dict:
+            return prev, shown
+        module = diffusers.schedulers.scheduling_heun_discrete
+        return module.HeunDiscreteSchedulerOutput(prev, shown)
+
+
+@_register
+class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepScheduler):
+    def _build(self) -> list[Row]:
+        config, count = self.config, len(self.timesteps) - self._start
+        few = config.lower_order_final and len(self.timesteps) < 15
+        orders = [min(config.solver_order, i + 1) for i in range(count)]
+        if few and count > 1:
+            orders[-2] = min(orders[-2], 2)
+        if few or config.euler_at_final or config.final_sigmas_type == "zero":
+            orders[-1] = 1
+        return list(_multistep(
+            self._preserving(self._run), None, "dpm", order=config.solver_order,
+            noise=not config.algorithm_type.endswith("++"), kind=config.solver_type,
+            eta=float(config.algorithm_type.startswith("sde")), orders=orders, published=True,
+        ).rows)  # fmt: skip
+
+    def step(self, model_output, timestep, sample, generator=None, variance_noise=None,
+             return_dict=True):  # fmt: skip
+        config = self.config
+        if config.thresholding or config.variance_type is not None:
+            return super().step(model_output, timestep, sample, generator, variance_noise,
+                                return_dict)  # fmt: skip
+        index = self._next(timestep, sample, model_output)
+        row = self._rows[index]
+        sde = config.algorithm_type.startswith("sde")
+        given = variance_noise if sde else None
+        noise = self._normals(row, model_output, generator, given, sde, torch.float32)
+        (prev, *_) = self._take(index, row, sample, model_output, noise)
+        if not return_dict:
+            return (prev,)
+        return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev)
+
+
+@_register
+class UniPCMultistepScheduler(_BySigma, diffusers.UniPCMultistepScheduler):
+    def _build(self) -> list[Row]:
+        config = self.config
+        return list(solvers.unipc(
+            self._preserving(self._run), order=config.solver_order,
+            variant=config.solver_type, data=config.predict_x0,
+            without_corrector=tuple(i + 1 - self._start for i in self.disable_corrector),
+            lower_order_final=config.lower_order_final,
+        ).rows)  # fmt: skip
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        if self.config.thresholding or self.config.solver_p is not None:
+            return super().step(model_output, timestep, sample, return_dict)
+        index = self._next(timestep, sample, model_output)
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, ((), None, 0),
+                                dtype=sample.dtype)  # fmt: skip
+        if not return_dict:
+            return (prev,)
+        return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev)
+
+
+@_register
+class LCMScheduler(_BySigma, diffusers.LCMScheduler):
+    _keeps = False
+
+    def _build(self) -> list[Row]:
+        grid, rows = self.timesteps.tolist(), []
+        for i, t in enumerate(grid):
+            a_t = float(self.alphas_cumprod[t])
+            alpha, sigma = math.sqrt(a_t), math.sqrt(1.0 - a_t)
+            of_x, of_e = estimate_of(self._prediction, alpha, sigma)
+            scaled = t * self.config.timestep_scaling
+            skip = 0.25 / (scaled**2 + 0.25)
+            out = scaled / math.sqrt(scaled**2 + 0.25)
+            shown = {"x": skip, "denoised": out}
+            last = i + 1 == len(grid)
+            a_s = 1.0 if last else float(self.alphas_cumprod[grid[i + 1]])
+            weights = {name: math.sqrt(a_s) * w for name, w in shown.items()}
+            row = Row((Output(weights, (math.sqrt(1.0 - a_s),)),), (of_x, of_e), self._clips,
+                      model_time=float(t))  # fmt: skip
+            rows.append(_showing(row, shown))
+        return rows
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        if self.config.thresholding:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        index = self._next(timestep, sample, model_output)
+        row = self._rows[index]
+        noise = self._normals(row, model_output, generator, None, row.noises > 0)
+        prev, shown = self._take(index, row, sample, model_output, noise, dtype=sample.dtype)
+        if not return_dict:
+            return prev, shown
+        return diffusers.schedulers.scheduling_lcm.LCMSchedulerOutput(prev, shown)
+
+
+@_register
+class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscreteScheduler):
+    _keeps = False
+
+    def _build(self) -> list[Row]:
+        rows, sigmas = [], self._run
+        random = getattr(self.config, "stochastic_sampling", False)
+        for sigma, following in itertools.pairwise(sigmas):
+            if random:
+                output = Output({"x": 1.0 - following, "e": -(1.0 - following) * sigma},
+                                (following,))  # fmt: skip
+            else:
+                output = Output({"x": 1.0, "e": following - sigma})
+            rows.append(Row((output,)))
+        return rows
+
+    def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
+             s_noise=1.0, generator=None, per_token_timesteps=None, return_dict=True):  # fmt: skip
+        whole = isinstance(timestep, int | torch.IntTensor | torch.LongTensor)
+        if per_token_timesteps is not None or whole:
+            return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
+                                generator, per_token_timesteps, return_dict)  # fmt: skip
+        index = self._next(timestep, sample, model_output)
+        row = self._rows[index]
+        random = getattr(self.config, "stochastic_sampling", False)
+        noise = self._normals(row, sample.float(), generator, None, random)
+        (prev,) = self._take(index, row, sample, model_output, noise)
+        if not return_dict:
+            return (prev,)
+        module = diffusers.schedulers.scheduling_flow_match_euler_discrete
+        return module.FlowMatchEulerDiscreteSchedulerOutput(prev)
+
+
+# ---- conversion ----------------------------------------------------------------------------------
+
+
+def convert(x: Any, *, noise: str = "torch", compat: str = "") -> Any:
+    """A scheduler's counterpart here with its configuration; or a pipeline, whose scheduler is
+    swapped, itself. noise, compat: as for ``from_config``. What was done is logged ("fastgen",
+    INFO).
+
+    Raises ValueError for a scheduler that has none, with the names of those that have; TypeError
+    for what is neither.
+    """
+    if not isinstance(x, diffusers.SchedulerMixin):
+        if not hasattr(x, "scheduler"):
+            raise TypeError(f"x: got {type(x).__name__}, expected a scheduler or a pipeline")
+        x.scheduler = convert(x.scheduler, noise=noise, compat=compat)
+        return x
+    name = type(x).__name__
+    if name not in _CLASSES:
+        raise ValueError(f"x: {name} has no counterpart here; these have: {', '.join(_CLASSES)}")
+    made = _CLASSES[name].from_config(x.config, noise=noise, compat=compat)
+    logger.info("%s: step is fastgen's, with noise from %s", name, noise)
+    return made
+
+
+__all__ = ["convert", *_CLASSES]

@@ -1,0 +1,285 @@
+"""diffusers' schedulers with a kernel a step: its images, its interface, its saved pipelines."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+
+import pytest
+import torch
+
+import fastgen
+from fastgen.testing import assert_bitwise
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+from fastgen.integrations import diffusers as fast  # noqa: E402
+
+SHAPE = (2, 3, 8, 8)
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+LAST = {"final_sigmas_type": "sigma_min"}
+CONFIGS = {
+    "DDIMScheduler": [
+        {}, {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        {"prediction_type": "sample", "timestep_spacing": "trailing"},
+        {"thresholding": True},
+    ],
+    "DDPMScheduler": [
+        {}, {"variance_type": "fixed_large"},
+        {"variance_type": "fixed_small_log", "clip_sample": False},
+        {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+        {"beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 2.0},
+        {"thresholding": True},
+    ],
+    "EulerDiscreteScheduler": [
+        {}, {"timestep_spacing": "leading", "steps_offset": 1}, {"use_karras_sigmas": True}, LAST,
+        {"prediction_type": "v_prediction"}, {"prediction_type": "sample"},
+    ],
+    "EulerAncestralDiscreteScheduler": [
+        {}, {"prediction_type": "v_prediction"}, {"timestep_spacing": "trailing"},
+    ],
+    "HeunDiscreteScheduler": [
+        {}, {"use_karras_sigmas": True}, {"prediction_type": "v_prediction"},
+        {"clip_sample": True, "timestep_spacing": "trailing"},
+    ],
+    "DPMSolverMultistepScheduler": [
+        {}, {"solver_order": 1}, {"solver_order": 3}, {"solver_type": "heun"},
+        {"algorithm_type": "sde-dpmsolver++"},
+        {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+        {"algorithm_type": "dpmsolver", **LAST}, {"algorithm_type": "sde-dpmsolver", **LAST},
+        {"algorithm_type": "dpmsolver", "solver_order": 3, **LAST},
+        {"use_karras_sigmas": True, "euler_at_final": True}, FLOW,
+        {"prediction_type": "v_prediction", "lower_order_final": False},
+        {"thresholding": True},
+    ],
+    "UniPCMultistepScheduler": [
+        {}, {"solver_order": 3}, {"solver_order": 1}, {"solver_type": "bh1", **LAST},
+        {"predict_x0": False, **LAST}, {"solver_order": 3, "disable_corrector": [0, 2]}, FLOW,
+        {"prediction_type": "v_prediction", "lower_order_final": False}, {"thresholding": True},
+    ],
+    "LCMScheduler": [{}, {"prediction_type": "v_prediction"}, {"clip_sample": True}],
+    "FlowMatchEulerDiscreteScheduler": [{}, {"shift": 3.0}, {"stochastic_sampling": True}],
+}  # fmt: skip
+CASES = [(name, config) for name, configs in CONFIGS.items() for config in configs]
+
+
+def network(x, t):
+    """Nonlinear in the sample and in time."""
+    t = float(t)
+    return torch.tanh(x * (0.4 + t / 2000)) + 0.3 * torch.sin(2 * x - t / 300)
+
+
+def run(scheduler, steps, dtype=torch.float32, shape=SHAPE, generator=None, start=0, **options):
+    """(the end, what was shown beside it, the generator's next number)."""
+    generator = generator or torch.Generator().manual_seed(3)
+    scheduler.set_timesteps(steps)
+    first = generator[0] if isinstance(generator, list) else generator
+    scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    x = (torch.randn(shape, generator=first) * scale).to(dtype)
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = generator
+    for t in scheduler.timesteps[start:]:
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x, *rest = scheduler.step(network(seen, t), t, x, **options, return_dict=False)
+    return x, rest[-1] if rest else x, torch.rand(1, generator=first)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "config"), CASES, ids=lambda v: str(v))
+def test_a_seed_gives_diffusers_image(name, config):
+    """Within 1e-4 of the largest value, as float32's own errors along a run go; and the generator
+    is left as diffusers leaves it."""
+    for steps in (2, 5, 20):
+        theirs = getattr(diffusers, name)(**config)
+        ours = fast.convert(theirs)
+        assert isinstance(ours, type(theirs))
+        options = {"eta": 0.5} if name == "DDIMScheduler" and steps == 20 else {}
+        expected, actual = run(theirs, steps, **options), run(ours, steps, **options)
+        for want, got in zip(expected, actual, strict=True):
+            assert (got.dtype, got.shape) == (want.dtype, want.shape)
+            assert float((got - want).abs().max()) <= 1.5e-4 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_interface_is_diffusers(name):
+    theirs, ours = getattr(diffusers, name), getattr(fast, name)
+    for method in ("step", "set_timesteps"):
+        wanted = inspect.signature(getattr(theirs, method))
+        assert inspect.signature(getattr(ours, method)) == wanted
+    made = ours.from_config(theirs().config)
+    assert made.config == theirs().config
+    made.set_timesteps(4)
+    x = torch.ones(SHAPE)
+    t = made.timesteps[0]
+    if hasattr(made, "scale_model_input"):
+        made.scale_model_input(x, t)
+    result = made.step(x, t, x)
+    plain = theirs()
+    plain.set_timesteps(4)
+    if hasattr(plain, "scale_model_input"):
+        plain.scale_model_input(x, t)
+    assert type(result) is type(plain.step(x, t, x))
+    assert isinstance(result.prev_sample, torch.Tensor)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_half_precision_stays_what_it_is(name):
+    theirs = getattr(diffusers, name)()
+    for dtype in (torch.bfloat16, torch.float16):
+        expected, actual = run(theirs, 5, dtype), run(fast.convert(theirs), 5, dtype)
+        assert (actual[0].dtype, actual[1].dtype) == (expected[0].dtype, expected[1].dtype)
+        assert actual[0].isfinite().all()
+
+
+STOCHASTIC = {
+    "DDIMScheduler": {"eta": 1.0}, "DDPMScheduler": {}, "EulerAncestralDiscreteScheduler": {},
+    "LCMScheduler": {}, "DPMSolverMultistepScheduler": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_noise_of_the_kernel_does_not_depend_on_the_batch(name):
+    config = {"algorithm_type": "sde-dpmsolver++"} if "DPMSolver" in name else {}
+    options = STOCHASTIC[name]
+
+    def end(seeds):
+        made = fast.convert(getattr(diffusers, name)(**config), noise="fastgen")
+        made.set_timesteps(6)
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        x = torch.cat([fastgen.randn((1, 3, 8, 8), seed=s) for s in seeds]) * made.init_noise_sigma
+        for t in made.timesteps:
+            seen = made.scale_model_input(x, t)
+            output = 0.5 * seen
+            x = made.step(output, t, x, generator=generators, return_dict=False, **options)[0]
+        return x
+
+    together = end([5, 6, 7])
+    assert_bitwise(end([6]), together[1:2])
+    assert_bitwise(end([5, 6, 7]), together)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_a_run_may_begin_late():
+    """Image to image: a multistep method begins with its first order wherever it begins."""
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
+                 "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"):  # fmt: skip
+        theirs = getattr(diffusers, name)()
+        ours = fast.convert(theirs)
+        for scheduler in (theirs, ours):
+            scheduler.set_begin_index(4)
+        want, got = run(theirs, 10, start=4)[0], run(ours, 10, start=4)[0]
+        assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+def test_gradients_pass_as_through_diffusers():
+    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler"):
+        found = []
+        for scheduler in (getattr(diffusers, name)(), fast.convert(getattr(diffusers, name)())):
+            x = torch.ones(SHAPE, requires_grad=True)
+            y, scale = x, torch.tensor(0.3, requires_grad=True)
+            scheduler.set_timesteps(3)
+            for t in scheduler.timesteps:
+                y = scheduler.step(scale * y, t, y, return_dict=False)[0]
+            found.append(torch.autograd.grad(y.sum(), (x, scale)))
+        for want, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# ---- defects of diffusers ------------------------------------------------------------------------
+
+
+def test_ddim_stays_on_its_grid():
+    theirs = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    want, same = run(theirs, 7)[0], run(fast.convert(theirs, compat="diffusers"), 7)[0]
+    assert float((same - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    right = run(fast.convert(theirs), 7)[0]
+    assert float((right - want).abs().max()) > 1e-3
+    plan = fastgen.solvers.ddim(
+        fastgen.NoiseSchedule.from_alpha_bars(theirs.alphas_cumprod.double().numpy()), 7, clip=1.0
+    )
+    loop = fastgen.Loop(plan, torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)))
+    while not loop.done:
+        loop.step(network(loop.x, loop.time[0]))
+    assert float((right - loop.x).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_nan_in_diffusers_is_not_here():
+    for theirs in (diffusers.DDPMScheduler(variance_type="fixed_large_log"),
+                   diffusers.UniPCMultistepScheduler(solver_type="bh1")):  # fmt: skip
+        assert run(theirs, 5)[0].isnan().any()
+        assert run(fast.convert(theirs), 5)[0].isfinite().all()
+
+
+# ---- pipelines, files and errors -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1,
+        block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DDIM"])
+def test_a_pipeline_makes_the_same_image(name, unet, tmp_path):
+    scheduler = getattr(diffusers, f"{name}Scheduler")()
+    pipe = getattr(diffusers, f"{name}Pipeline")(unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+
+    def image():
+        generator = torch.Generator().manual_seed(1)
+        return torch.from_numpy(pipe(batch_size=2, generator=generator, num_inference_steps=10,
+                                     output_type="np").images)  # fmt: skip
+
+    before = image()
+    assert fast.convert(pipe) is pipe
+    assert type(pipe.scheduler) is getattr(fast, f"{name}Scheduler")
+    assert float((image() - before).abs().max()) <= 1e-4
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", f"{name}Scheduler"]
+    loaded = type(pipe).from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is getattr(diffusers, f"{name}Scheduler")
+
+
+def test_schedulers_can_be_copied_and_pickled():
+    made = fast.convert(diffusers.DPMSolverMultistepScheduler(), noise="fastgen")
+    made.set_timesteps(4)
+    x = torch.ones(SHAPE)
+    made.step(x, made.timesteps[0], x)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert type(other) is type(made)
+        assert other._noise == "fastgen"
+        again = copy.deepcopy(made)
+        t = made.timesteps[1]
+        assert_bitwise(other.step(x, t, x).prev_sample, again.step(x, t, x).prev_sample)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"VQDiffusionScheduler has no counterpart.*DDIMScheduler"):
+        fast.convert(diffusers.VQDiffusionScheduler(num_vec_classes=4))
+    with pytest.raises(TypeError, match="expected a scheduler or a pipeline"):
+        fast.convert(3)
+    with pytest.raises(ValueError, match="noise: got 'cuda'"):
+        fast.convert(diffusers.DDIMScheduler(), noise="cuda")
+    with pytest.raises(ValueError, match="compat: got 'old'"):
+        fast.convert(diffusers.DDIMScheduler(), compat="old")
+    x = torch.ones(SHAPE)
+    for name in ("DDIMScheduler", "UniPCMultistepScheduler"):
+        with pytest.raises(ValueError, match="you need to run 'set_timesteps'"):
+            getattr(fast, name)().step(x, 1, x)
+    made = fast.UniPCMultistepScheduler()
+    made.set_timesteps(2)
+    with pytest.raises(ValueError, match="model_output: got shape"):
+        made.step(x[:1], made.timesteps[0], x)
+    for t in made.timesteps:
+        x = made.step(x, t, x).prev_sample
+    with pytest.raises(IndexError, match="all steps were taken"):
+        made.step(x, made.timesteps[-1], x)
