@@ -54,25 +54,11 @@ _CLASSES: dict[str, Any] = {}
 # ---- one step ------------------------------------------------------------------------------------
 
 
-def _advance(
-    row: Row, x: Tensor, output: Tensor, normals: tuple[Tensor, ...], history: tuple,
-    dtypes: Sequence[torch.dtype], seed: kernel.Seed, ids: int | Tensor, step: int,
-    logvar: Tensor | None = None,
-) -> Sequence[Tensor]:  # fmt: skip
-    """The row's results: straight to the CPU's kernel, or by way of every check."""
-    if not wants_gradient(x, output, *normals, *history):
-        if x.is_cpu and logvar is None and is_eager() and backends._native is not None:
-            outs = tuple(torch.empty_like(x, dtype=dtype) for dtype in dtypes)
-            if backends._native.loop_step(
-                x, output, None, normals, history, outs, row.packed, 1.0, seed, ids, step,
-                kernel.STEP_STREAMS, False, torch.get_num_threads(),
-            ):  # fmt: skip
-                return outs
-    return kernel.run(
-        x.shape, row, backend=kernel.choose(None, x, output, results=dtypes), dtypes=dtypes,
-        device=x.device, like=x, x=x, cond=output, logvar=logvar, history=history, noise=normals,
-        seed=seed, sample_ids=ids, step=step,
-    )  # fmt: skip
+def _is_whole(timestep: Any) -> bool:
+    """An index where diffusers wants one of the timesteps themselves."""
+    if isinstance(timestep, Tensor):
+        return timestep.dtype in (torch.int32, torch.int64)
+    return isinstance(timestep, int)
 
 
 def _check(sample: Tensor, output: Tensor) -> None:
@@ -111,7 +97,7 @@ class _Fast:
     alphas_cumprod: Tensor
     num_inference_steps: int | None
     step_index: int | None
-    _step_index: int
+    _step_index: int | None
     _init_step_index: Callable[[Any], None]
     _upcasts = False  # whether diffusers computes in float32 and shows the estimate in it
 
@@ -138,10 +124,15 @@ class _Fast:
         if self._rows is None or start != self._start:
             self._start = start
             self._rows = self._build()
+            self._left = self._leaves()
         self._kept, self._seeds = [None] * 7, None
 
     def _build(self) -> list[Row]:
         raise NotImplementedError
+
+    def _leaves(self) -> bool:
+        """Whether this configuration is diffusers' own to step."""
+        return bool(getattr(self.config, "thresholding", False))
 
     @property
     def _clips(self) -> float | None:
@@ -176,19 +167,37 @@ class _Fast:
         self, index: int, row: Row, sample: Tensor, output: Tensor, noise: tuple,
         logvar: Tensor | None = None, dtype: torch.dtype | None = None,
     ) -> Sequence[Tensor]:  # fmt: skip
-        """The results of a row: the sample, and what is shown beside it."""
-        dtypes = [dtype or output.dtype]
-        for other in row.outputs[1:]:
-            wide = other.target != SHOWN or self._upcasts
-            dtypes.append(
-                torch.promote_types(sample.dtype, torch.float32) if wide else sample.dtype
-            )
+        """The results of a row: the sample, what is kept, and what is shown beside it; straight to
+        the CPU's kernel, or by way of every check."""
         normals, seed, ids = noise
         history = tuple(self._kept[:4]) if self._keeps else ()
-        results = _advance(row, sample, output, normals, history, dtypes, seed, ids, index, logvar)
-        for other, made in zip(row.outputs[1:], results[1:], strict=True):
-            if isinstance(other.target, int) and other.target != SHOWN:
-                self._kept[other.target] = made
+        kind = sample.dtype
+        wide = torch.float64 if kind is torch.float64 else torch.float32
+        others = row.outputs[1:]
+        dtypes = [dtype or output.dtype]
+        for other in others:
+            dtypes.append(wide if self._upcasts or other.target != SHOWN else kind)
+        results: Sequence[Tensor] = ()
+        if logvar is None and sample.is_cpu and is_eager() and backends._native is not None:
+            if not wants_gradient(sample, output, *normals, *history):
+                outs = tuple([torch.empty_like(sample, dtype=d) for d in dtypes])
+                if backends._native.loop_step(
+                    sample, output, None, normals, history, outs, row.packed, 1.0, seed, ids,
+                    index + self._start, kernel.STEP_STREAMS, False, torch.get_num_threads(),
+                ):  # fmt: skip
+                    results = outs
+        if not results:
+            _check(sample, output)
+            results = kernel.run(
+                sample.shape, row, backend=kernel.choose(None, sample, output, results=dtypes),
+                dtypes=dtypes, device=sample.device, like=sample, x=sample, cond=output,
+                logvar=logvar, history=history, noise=normals, seed=seed, sample_ids=ids,
+                step=index + self._start,
+            )  # fmt: skip
+        if self._keeps:
+            for other, made in zip(others, results[1:], strict=True):
+                if other.target != SHOWN:
+                    self._kept[other.target] = made  # type: ignore[index]
         return results
 
     _keeps = True  # whether rows read former results
@@ -248,7 +257,7 @@ class _ByTimestep(_Fast):
         if self._rows is None:
             self._begin()
             self._places = {int(t): i for i, t in enumerate(self.timesteps.tolist())}
-        return self._places.get(int(timestep))
+        return None if self._left else self._places.get(int(timestep))
 
     def _point(self, alpha_bar: float) -> Point:
         alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
@@ -285,13 +294,10 @@ class DDIMScheduler(_ByTimestep, diffusers.DDIMScheduler):
 
     def step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False,
              generator=None, variance_noise=None, return_dict=True):  # fmt: skip
-        index = None
-        if self.num_inference_steps is not None and not self.config.thresholding:
-            index = self._row_at(timestep)
+        index = None if self.num_inference_steps is None else self._row_at(timestep)
         if index is None or (variance_noise is not None and generator is not None):
             return super().step(model_output, timestep, sample, eta, use_clipped_model_output,
                                 generator, variance_noise, return_dict)  # fmt: skip
-        _check(sample, model_output)
         row = self._variant(float(eta), bool(use_clipped_model_output))[index]
         noise = self._normals(row, model_output, generator, variance_noise, eta > 0)
         prev, shown = self._take(index, row, sample, model_output, noise)
@@ -302,10 +308,12 @@ class DDIMScheduler(_ByTimestep, diffusers.DDIMScheduler):
 
 @_register
 class DDPMScheduler(_ByTimestep, diffusers.DDPMScheduler):
-    _known = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range")
+    def _leaves(self) -> bool:
+        return super()._leaves() or self.config.variance_type == "learned"
 
     def _build(self) -> list[Row]:
         rows, kind = [], self.config.variance_type
+        self._learned = kind == "learned_range"
         name = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large",
                 "learned_range": "learned"}.get(kind, kind)  # fmt: skip
         for t, a_t, a_s in self._levels():
@@ -320,18 +328,15 @@ class DDPMScheduler(_ByTimestep, diffusers.DDPMScheduler):
         return rows
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = None
-        if not self.config.thresholding and self.config.variance_type in self._known:
-            index = self._row_at(timestep)
+        index = self._row_at(timestep)
         if index is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
         row, logvar = self._rows[index], None
-        if self.config.variance_type == "learned_range":
+        if self._learned:
             if model_output.shape[1] != 2 * sample.shape[1]:
                 return super().step(model_output, timestep, sample, generator, return_dict)
             model_output, logvar = model_output.split(sample.shape[1], dim=1)
             logvar = logvar if row.noises else None
-        _check(sample, model_output)
         noise = self._normals(row, model_output, generator, None, int(timestep) > 0)
         prev, shown = self._take(index, row, sample, model_output, noise, logvar)
         if not return_dict:
@@ -345,24 +350,32 @@ class DDPMScheduler(_ByTimestep, diffusers.DDPMScheduler):
 class _BySigma(_Fast):
     """Rows by diffusers' own count of steps."""
 
-    def _next(self, timestep: Any, sample: Tensor, output: Tensor) -> int:
-        """The index of the step that is taken now, which diffusers counts."""
-        _check(sample, output)
-        if self.num_inference_steps is None:
-            raise ValueError(
-                "Number of inference steps is 'None', you need to run 'set_timesteps' after "
-                "creating the scheduler"
-            )
-        if self.step_index is None:
-            self._init_step_index(timestep)
-            self._begin(self._step_index)
-        elif self._rows is None:
-            self._begin(self._step_index)
-        index = self._step_index - self._start
+    def _next(self, timestep: Any) -> int:
+        """The index of the step that is taken now, which diffusers counts; -1 where the step is its
+        own."""
+        place = self._step_index
+        if place is None or self._rows is None:
+            if self.num_inference_steps is None:
+                raise ValueError(
+                    "Number of inference steps is 'None', you need to run 'set_timesteps' after "
+                    "creating the scheduler"
+                )
+            if place is None:
+                self._init_step_index(timestep)
+            place = self._step_index
+            assert place is not None
+            self._begin(place)
+        if self._left:
+            return -1
+        index = place - self._start
         if index >= len(self._rows):
             raise IndexError("all steps were taken; run 'set_timesteps' again")
-        self._step_index += 1
         return index
+
+    def _take(self, *arguments: Any, **options: Any) -> Sequence[Tensor]:
+        results = super()._take(*arguments, **options)
+        self._step_index += 1  # type: ignore[operator]
+        return results
 
     @property
     def _run(self) -> list[float]:
@@ -424,11 +437,11 @@ class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True):  # fmt: skip
-        whole = isinstance(timestep, int | torch.IntTensor | torch.LongTensor)
+        whole = _is_whole(timestep)
         if s_churn > 0.0 or whole or not self.is_scale_input_called:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, return_dict)  # fmt: skip
-        index = self._next(timestep, sample, model_output)
+        index = self._next(timestep)
         row = self._rows[index]
         prev, shown = self._take(index, row, sample, model_output, ((), None, 0))
         if not return_dict:
@@ -442,14 +455,19 @@ class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
 class EulerAncestralDiscreteScheduler(_BySigma, diffusers.EulerAncestralDiscreteScheduler):
     _upcasts, _keeps = True, False
 
+    def _leaves(self) -> bool:
+        return self._prediction == "sample"
+
     def _build(self) -> list[Row]:
         return self._eulers(solvers.euler_ancestral)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        whole = isinstance(timestep, int | torch.IntTensor | torch.LongTensor)
-        if whole or not self.is_scale_input_called or self._prediction == "sample":
+        whole = _is_whole(timestep)
+        index = -1
+        if not whole and self.is_scale_input_called:
+            index = self._next(timestep)
+        if index < 0:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        index = self._next(timestep, sample, model_output)
         row = self._rows[index]
         noise = self._normals(row, model_output, generator, None, True)
         prev, shown = self._take(index, row, sample, model_output, noise)
@@ -469,7 +487,7 @@ class HeunDiscreteScheduler(_BySigma, diffusers.HeunDiscreteScheduler):
         return self._shown(plan, points)
 
     def step(self, model_output, timestep, sample, return_dict=True):
-        index = self._next(timestep, sample, model_output)
+        index = self._next(timestep)
         row = self._rows[index]
         prev, *_, shown = self._take(index, row, sample, model_output, ((), None, 0),
                                      dtype=sample.dtype)  # fmt: skip
@@ -481,8 +499,12 @@ class HeunDiscreteScheduler(_BySigma, diffusers.HeunDiscreteScheduler):
 
 @_register
 class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepScheduler):
+    def _leaves(self) -> bool:
+        return super()._leaves() or self.config.variance_type is not None
+
     def _build(self) -> list[Row]:
         config, count = self.config, len(self.timesteps) - self._start
+        self._sde = config.algorithm_type.startswith("sde")
         few = config.lower_order_final and len(self.timesteps) < 15
         orders = [min(config.solver_order, i + 1) for i in range(count)]
         if few and count > 1:
@@ -492,18 +514,16 @@ class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepSchedule
         return list(_multistep(
             self._preserving(self._run), None, "dpm", order=config.solver_order,
             noise=not config.algorithm_type.endswith("++"), kind=config.solver_type,
-            eta=float(config.algorithm_type.startswith("sde")), orders=orders, published=True,
+            eta=float(self._sde), orders=orders, published=True,
         ).rows)  # fmt: skip
 
     def step(self, model_output, timestep, sample, generator=None, variance_noise=None,
              return_dict=True):  # fmt: skip
-        config = self.config
-        if config.thresholding or config.variance_type is not None:
+        index = self._next(timestep)
+        if index < 0:
             return super().step(model_output, timestep, sample, generator, variance_noise,
                                 return_dict)  # fmt: skip
-        index = self._next(timestep, sample, model_output)
-        row = self._rows[index]
-        sde = config.algorithm_type.startswith("sde")
+        row, sde = self._rows[index], self._sde
         given = variance_noise if sde else None
         noise = self._normals(row, model_output, generator, given, sde, torch.float32)
         (prev, *_) = self._take(index, row, sample, model_output, noise)
@@ -514,6 +534,9 @@ class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepSchedule
 
 @_register
 class UniPCMultistepScheduler(_BySigma, diffusers.UniPCMultistepScheduler):
+    def _leaves(self) -> bool:
+        return super()._leaves() or self.config.solver_p is not None
+
     def _build(self) -> list[Row]:
         config = self.config
         return list(solvers.unipc(
@@ -524,9 +547,9 @@ class UniPCMultistepScheduler(_BySigma, diffusers.UniPCMultistepScheduler):
         ).rows)  # fmt: skip
 
     def step(self, model_output, timestep, sample, return_dict=True):
-        if self.config.thresholding or self.config.solver_p is not None:
+        index = self._next(timestep)
+        if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
-        index = self._next(timestep, sample, model_output)
         (prev, *_) = self._take(index, self._rows[index], sample, model_output, ((), None, 0),
                                 dtype=sample.dtype)  # fmt: skip
         if not return_dict:
@@ -557,9 +580,9 @@ class LCMScheduler(_BySigma, diffusers.LCMScheduler):
         return rows
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        if self.config.thresholding:
+        index = self._next(timestep)
+        if index < 0:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        index = self._next(timestep, sample, model_output)
         row = self._rows[index]
         noise = self._normals(row, model_output, generator, None, row.noises > 0)
         prev, shown = self._take(index, row, sample, model_output, noise, dtype=sample.dtype)
@@ -574,7 +597,7 @@ class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscrete
 
     def _build(self) -> list[Row]:
         rows, sigmas = [], self._run
-        random = getattr(self.config, "stochastic_sampling", False)
+        random = self._random = getattr(self.config, "stochastic_sampling", False)
         for sigma, following in itertools.pairwise(sigmas):
             if random:
                 output = Output({"x": 1.0 - following, "e": -(1.0 - following) * sigma},
@@ -586,14 +609,15 @@ class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscrete
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, per_token_timesteps=None, return_dict=True):  # fmt: skip
-        whole = isinstance(timestep, int | torch.IntTensor | torch.LongTensor)
+        whole = _is_whole(timestep)
         if per_token_timesteps is not None or whole:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, per_token_timesteps, return_dict)  # fmt: skip
-        index = self._next(timestep, sample, model_output)
+        index = self._next(timestep)
         row = self._rows[index]
-        random = getattr(self.config, "stochastic_sampling", False)
-        noise = self._normals(row, sample.float(), generator, None, random)
+        noise: tuple = ((), None, 0)
+        if self._random:
+            noise = self._normals(row, sample.float(), generator, None, True)
         (prev,) = self._take(index, row, sample, model_output, noise)
         if not return_dict:
             return (prev,)
