@@ -59,6 +59,19 @@ CONFIGS = {
         {"predict_x0": False, **LAST}, {"solver_order": 3, "disable_corrector": [0, 2]}, FLOW,
         {"prediction_type": "v_prediction", "lower_order_final": False}, {"thresholding": True},
     ],
+    "LMSDiscreteScheduler": [
+        {}, {"prediction_type": "v_prediction"}, {"use_karras_sigmas": True},
+    ],
+    "KDPM2DiscreteScheduler": [{}, {"prediction_type": "v_prediction"}],
+    "KDPM2AncestralDiscreteScheduler": [{}, {"timestep_spacing": "trailing"}],
+    "DEISMultistepScheduler": [
+        {}, {"solver_order": 3}, {"solver_order": 1}, {"thresholding": True},
+    ],
+    "IPNDMScheduler": [{}],
+    "TCDScheduler": [{}, {"prediction_type": "v_prediction"}],
+    "DDIMParallelScheduler": [{}],
+    "DDPMParallelScheduler": [{}],
+    "DDIMInverseScheduler": [{}, {"prediction_type": "v_prediction", "clip_sample": False}],
     "LCMScheduler": [{}, {"prediction_type": "v_prediction"}, {"clip_sample": True}],
     "FlowMatchEulerDiscreteScheduler": [{}, {"shift": 3.0}, {"stochastic_sampling": True}],
 }  # fmt: skip
@@ -91,11 +104,12 @@ def run(scheduler, steps, dtype=torch.float32, shape=SHAPE, generator=None, star
 def test_a_seed_gives_diffusers_image(name, config):
     """Within 1e-4 of the largest value, as float32's own errors along a run go; and the generator
     is left as diffusers leaves it."""
-    for steps in (2, 5, 20):
+    # two steps from 157 to 0.03: diffusers' sigma_down, of float32, has lost all of its digits
+    for steps in (5, 20) if name == "KDPM2AncestralDiscreteScheduler" else (2, 5, 20):
         theirs = getattr(diffusers, name)(**config)
         ours = fast.convert(theirs)
         assert isinstance(ours, type(theirs))
-        options = {"eta": 0.5} if name == "DDIMScheduler" and steps == 20 else {}
+        options = {"eta": 0.5} if name in ("DDIMScheduler", "DDIMParallelScheduler") else {}
         expected, actual = run(theirs, steps, **options), run(ours, steps, **options)
         for want, got in zip(expected, actual, strict=True):
             assert (got.dtype, got.shape) == (want.dtype, want.shape)

@@ -22,6 +22,7 @@ import functools
 import itertools
 import logging
 import math
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,11 @@ from ..plan import Output, Plan, Row
 from ..solvers.ddim import ddim_row
 from ..solvers.ddpm import ddpm_row
 from ..solvers.dpm import _multistep
+from ..solvers.euler import down_and_up
+from ..solvers.multistep import ADAMS_BASHFORTH, _adams
+from ..solvers.rows import combined
 
+_schedulers = diffusers.schedulers
 logger = logging.getLogger("fastgen")
 NOISES = ("torch", "fastgen")
 SHOWN = 6  # the slot of what is shown beside the sample: the estimate of x_0
@@ -99,6 +104,7 @@ class _Fast:
     step_index: int | None
     _step_index: int | None
     _init_step_index: Callable[[Any], None]
+    step: Callable[..., Any]
     _upcasts = False  # whether diffusers computes in float32 and shows the estimate in it
 
     @classmethod
@@ -235,7 +241,10 @@ def _register(cls: Any) -> Any:
         self._rows = None
 
     cls.set_timesteps = set_timesteps
-    cls.step = functools.wraps(base.step)(cls.step)
+    step = cls.step  # a function of this class's own, which a family of classes may share
+    made = types.FunctionType(step.__code__, step.__globals__, step.__name__, step.__defaults__,
+                              step.__closure__)  # fmt: skip
+    cls.step = functools.wraps(base.step)(made)
     cls.__doc__ = f"diffusers' {base.__name__}, with a kernel a step."
     cls.__name__ = cls.__qualname__ = base.__name__
     cls.__module__ = base.__module__  # what a saved pipeline records
@@ -276,8 +285,9 @@ class _ByTimestep(_Fast):
         return list(zip(grid, levels, following, strict=True))
 
 
-@_register
-class DDIMScheduler(_ByTimestep, diffusers.DDIMScheduler):
+class _Ddim(_ByTimestep):
+    _output: Any
+
     def _build(self) -> list[Row]:
         self._variants: dict[tuple, list[Row]] = {}
         return self._variant(0.0, False)
@@ -303,11 +313,44 @@ class DDIMScheduler(_ByTimestep, diffusers.DDIMScheduler):
         prev, shown = self._take(index, row, sample, model_output, noise)
         if not return_dict:
             return prev, shown
-        return diffusers.schedulers.scheduling_ddim.DDIMSchedulerOutput(prev, shown)
+        return self._output(prev, shown)
 
 
 @_register
-class DDPMScheduler(_ByTimestep, diffusers.DDPMScheduler):
+class DDIMScheduler(_Ddim, diffusers.DDIMScheduler):
+    _output = _schedulers.scheduling_ddim.DDIMSchedulerOutput
+
+
+@_register
+class DDIMParallelScheduler(_Ddim, diffusers.DDIMParallelScheduler):
+    _output = _schedulers.scheduling_ddim_parallel.DDIMParallelSchedulerOutput
+
+
+@_register
+class DDIMInverseScheduler(_ByTimestep, diffusers.DDIMInverseScheduler):
+    def _build(self) -> list[Row]:
+        rows, table = [], self.alphas_cumprod
+        ratio = self.config.num_train_timesteps // (self.num_inference_steps or 1)
+        for t in self.timesteps.tolist():
+            before = min(t - ratio, self.config.num_train_timesteps - 1)
+            a_t = float(table[before] if before >= 0 else self.initial_alpha_cumprod)
+            row = ddim_row(a_t, float(table[t]), self._prediction, self._clips)
+            rows.append(_showing(row, _estimate(row, self._point(a_t))))
+        return rows
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        index = None if self.num_inference_steps is None else self._row_at(timestep)
+        if index is None:
+            return super().step(model_output, timestep, sample, return_dict)
+        prev, shown = self._take(index, self._rows[index], sample, model_output, ((), None, 0))
+        if not return_dict:
+            return prev, shown
+        return _schedulers.scheduling_ddim_inverse.DDIMSchedulerOutput(prev, shown)
+
+
+class _Ddpm(_ByTimestep):
+    _output: Any
+
     def _leaves(self) -> bool:
         return super()._leaves() or self.config.variance_type == "learned"
 
@@ -341,7 +384,17 @@ class DDPMScheduler(_ByTimestep, diffusers.DDPMScheduler):
         prev, shown = self._take(index, row, sample, model_output, noise, logvar)
         if not return_dict:
             return prev, shown
-        return diffusers.schedulers.scheduling_ddpm.DDPMSchedulerOutput(prev, shown)
+        return self._output(prev, shown)
+
+
+@_register
+class DDPMScheduler(_Ddpm, diffusers.DDPMScheduler):
+    _output = _schedulers.scheduling_ddpm.DDPMSchedulerOutput
+
+
+@_register
+class DDPMParallelScheduler(_Ddpm, diffusers.DDPMParallelScheduler):
+    _output = _schedulers.scheduling_ddpm_parallel.DDPMParallelSchedulerOutput
 
 
 # ---- schedulers of sigmas ------------------------------------------------------------------------
@@ -446,9 +499,7 @@ class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
         prev, shown = self._take(index, row, sample, model_output, ((), None, 0))
         if not return_dict:
             return prev, shown
-        return diffusers.schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput(
-            prev, shown
-        )
+        return _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput(prev, shown)
 
 
 @_register
@@ -473,7 +524,7 @@ class EulerAncestralDiscreteScheduler(_BySigma, diffusers.EulerAncestralDiscrete
         prev, shown = self._take(index, row, sample, model_output, noise)
         if not return_dict:
             return prev, shown
-        module = diffusers.schedulers.scheduling_euler_ancestral_discrete
+        module = _schedulers.scheduling_euler_ancestral_discrete
         return module.EulerAncestralDiscreteSchedulerOutput(prev, shown)
 
 
@@ -493,7 +544,7 @@ class HeunDiscreteScheduler(_BySigma, diffusers.HeunDiscreteScheduler):
                                      dtype=sample.dtype)  # fmt: skip
         if not return_dict:
             return prev, shown
-        module = diffusers.schedulers.scheduling_heun_discrete
+        module = _schedulers.scheduling_heun_discrete
         return module.HeunDiscreteSchedulerOutput(prev, shown)
 
 
@@ -529,7 +580,7 @@ class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepSchedule
         (prev, *_) = self._take(index, row, sample, model_output, noise)
         if not return_dict:
             return (prev,)
-        return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev)
+        return _schedulers.scheduling_utils.SchedulerOutput(prev)
 
 
 @_register
@@ -554,7 +605,7 @@ class UniPCMultistepScheduler(_BySigma, diffusers.UniPCMultistepScheduler):
                                 dtype=sample.dtype)  # fmt: skip
         if not return_dict:
             return (prev,)
-        return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev)
+        return _schedulers.scheduling_utils.SchedulerOutput(prev)
 
 
 @_register
@@ -588,7 +639,7 @@ class LCMScheduler(_BySigma, diffusers.LCMScheduler):
         prev, shown = self._take(index, row, sample, model_output, noise, dtype=sample.dtype)
         if not return_dict:
             return prev, shown
-        return diffusers.schedulers.scheduling_lcm.LCMSchedulerOutput(prev, shown)
+        return _schedulers.scheduling_lcm.LCMSchedulerOutput(prev, shown)
 
 
 @_register
@@ -621,8 +672,185 @@ class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscrete
         (prev,) = self._take(index, row, sample, model_output, noise)
         if not return_dict:
             return (prev,)
-        module = diffusers.schedulers.scheduling_flow_match_euler_discrete
+        module = _schedulers.scheduling_flow_match_euler_discrete
         return module.FlowMatchEulerDiscreteSchedulerOutput(prev)
+
+
+@_register
+class LMSDiscreteScheduler(_BySigma, diffusers.LMSDiscreteScheduler):
+    def _build(self) -> list[Row]:
+        self._variants: dict[int, list[Row]] = {}
+        return self._variant(4)
+
+    def _variant(self, order: int) -> list[Row]:
+        if order not in self._variants:
+            levels = self._exploding(self._run)
+            self._variants[order] = self._shown(solvers.lms(levels, order=order), levels.points)
+        return self._variants[order]
+
+    def step(self, model_output, timestep, sample, order=4, return_dict=True):
+        index = -1
+        if self.is_scale_input_called and 1 <= order <= 4:
+            index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, order, return_dict)
+        row = self._variant(order)[index]
+        prev, *_, shown = self._take(index, row, sample, model_output, ((), None, 0),
+                                     dtype=sample.dtype)  # fmt: skip
+        if not return_dict:
+            return prev, shown
+        return _schedulers.scheduling_lms_discrete.LMSDiscreteSchedulerOutput(prev, shown)
+
+
+class _Kdpm2(_BySigma):
+    """Levels twice in diffusers' list, since each step calls the network twice. ``sample``, once a
+    first call is done, tells its ``scale_model_input`` which of the two it is."""
+
+    _eta = 0.0
+
+    def _leaves(self) -> bool:
+        return self._prediction == "sample"
+
+    def _build(self) -> list[Row]:
+        sigmas = self._run
+        levels = self._exploding([sigmas[0], *[s for s in sigmas[1::2] if s > 0.0], 0.0])
+        points = []
+        for at, end in levels.pairs:
+            down, _ = down_and_up(at, end, self._eta)
+            points.append(at)
+            if down.sigma > 0.0:
+                points.append(levels.at(math.sqrt(at.ratio * down.ratio)))
+        return self._shown(solvers.dpm2(levels, eta=self._eta), points)
+
+
+@_register
+class KDPM2DiscreteScheduler(_Kdpm2, diffusers.KDPM2DiscreteScheduler):
+    def step(self, model_output, timestep, sample, return_dict=True):
+        index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, return_dict)
+        prev, *_, shown = self._take(index, self._rows[index], sample, model_output,
+                                     ((), None, 0), dtype=sample.dtype)  # fmt: skip
+        self.sample = sample if index % 2 == 0 else None
+        if not return_dict:
+            return prev, shown
+        return _schedulers.scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput(prev, shown)
+
+
+@_register
+class KDPM2AncestralDiscreteScheduler(_Kdpm2, diffusers.KDPM2AncestralDiscreteScheduler):
+    _eta = 1.0
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        row = self._rows[index]
+        noise = self._normals(row, model_output, generator, None, index % 2 == 1)
+        prev, *_, shown = self._take(index, row, sample, model_output, noise,
+                                     dtype=sample.dtype)  # fmt: skip
+        self.sample = sample if index % 2 == 0 else None
+        if not return_dict:
+            return prev, shown
+        module = _schedulers.scheduling_k_dpm_2_ancestral_discrete
+        return module.KDPM2AncestralDiscreteSchedulerOutput(prev, shown)
+
+
+@_register
+class DEISMultistepScheduler(_BySigma, diffusers.DEISMultistepScheduler):
+    def _build(self) -> list[Row]:
+        config, count = self.config, len(self.timesteps) - self._start
+        orders = [min(config.solver_order, i + 1) for i in range(count)]
+        if config.lower_order_final and len(self.timesteps) < 15:
+            orders[-2:] = [min(order, 2) for order in orders[-2:]]
+            orders[-1] = 1
+        return list(_adams(self._preserving(self._run), config.solver_order, None, "deis",
+                           _log, orders).rows)  # fmt: skip
+
+    def _leaves(self) -> bool:
+        return super()._leaves() or self.config.algorithm_type != "deis"
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, return_dict)
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, ((), None, 0),
+                                dtype=sample.dtype)  # fmt: skip
+        if not return_dict:
+            return (prev,)
+        return _schedulers.scheduling_utils.SchedulerOutput(prev)
+
+
+@_register
+class IPNDMScheduler(_BySigma, diffusers.IPNDMScheduler):
+    def _build(self) -> list[Row]:
+        alphas, sigmas = self.alphas.tolist(), self.betas.tolist()
+        rows: list[Row] = []
+        for place in range(self._start, len(self.timesteps)):
+            i = place - self._start
+            now = {"x": sigmas[place], "e": alphas[place]}  # the estimate of the noise
+            factors = ADAMS_BASHFORTH[min(i, 3)]
+            former = [{f"h{(i - k) % 4}": 1.0} for k in range(1, len(factors))]
+            noise = combined(*zip(factors, [now, *former], strict=True))
+            of_x = alphas[place + 1] / max(alphas[place], 1e-8)
+            of_noise = sigmas[place + 1] - of_x * sigmas[place]
+            weights = combined((of_x, {"x": 1.0}), (of_noise, noise))
+            rows.append(Row((Output(weights), Output(now, target=i % 4)), model_time=0.0))
+        return rows
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        index = self._next(timestep)
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, ((), None, 0),
+                                dtype=sample.dtype)  # fmt: skip
+        if not return_dict:
+            return (prev,)
+        return _schedulers.scheduling_utils.SchedulerOutput(prev)
+
+
+@_register
+class TCDScheduler(_BySigma, diffusers.TCDScheduler):
+    _keeps = False
+
+    def _build(self) -> list[Row]:
+        self._variants: dict[float, list[Row]] = {}
+        return self._variant(0.3)
+
+    def _variant(self, eta: float) -> list[Row]:
+        rows = self._variants.get(eta)
+        if rows is None:
+            rows = self._variants[eta] = []
+            grid, table = self.timesteps.tolist()[self._start :], self.alphas_cumprod.tolist()
+            for t, s in itertools.pairwise([*grid, 0]):
+                last = len(rows) + 1 == len(grid)
+                alpha, sigma = math.sqrt(table[t]), math.sqrt(1.0 - table[t])
+                a_u = table[math.floor((1.0 - eta) * s)]
+                of_x, of_e = estimate_of(self._prediction, alpha, sigma)
+                share = math.sqrt(1.0 - a_u) / sigma  # of eps = (x - alpha x_0) / sigma
+                of_denoised = math.sqrt(a_u) - share * alpha
+                shown = {"x": share + of_denoised * of_x, "e": of_denoised * of_e}
+                ratio = 1.0 if last or eta == 0.0 else table[s] / a_u
+                weights = combined((math.sqrt(ratio), shown))
+                row = Row((Output(weights, (math.sqrt(1.0 - ratio),)),), model_time=float(t))
+                rows.append(_showing(row, shown))
+        return rows
+
+    def step(self, model_output, timestep, sample, eta=0.3, generator=None, return_dict=True):
+        if not 0.0 <= eta <= 1.0:
+            raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
+        index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, eta, generator, return_dict)
+        row = self._variant(float(eta))[index]
+        draws = eta > 0 and index + 1 < len(self._rows)
+        noise = self._normals(row, model_output, generator, None, draws)
+        prev, shown = self._take(index, row, sample, model_output, noise, dtype=sample.dtype)
+        if not return_dict:
+            return prev, shown
+        return _schedulers.scheduling_tcd.TCDSchedulerOutput(prev, shown)
+
+
+def _log(ratio: float) -> float:
+    return math.log(ratio) if ratio > 0.0 else -math.inf
 
 
 # ---- conversion ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -48,12 +48,18 @@ def lagrange_integrals(
 
 
 def _adams(
-    levels: NoiseLevels, order: int, clip: Clip, solver: str, variable: Callable[[float], float]
+    levels: NoiseLevels,
+    order: int,
+    clip: Clip,
+    solver: str,
+    variable: Callable[[float], float],
+    orders: Sequence[int] | None = None,
 ) -> Plan:
-    """dy = eps ds with eps as the polynomial through its last values in a variable of s."""
+    """dy = eps ds with eps as the polynomial through its last values in a variable of s; orders: of
+    each step, where they do not rise to ``order`` alone."""
     rows, slots = Rows(levels, clip), max(order, 2)
     for i, (at, end) in enumerate(levels.pairs):
-        known = min(order, i + 1)
+        known = min(order, i + 1) if orders is None else orders[i]
         if end.sigma == 0.0 and not math.isfinite(variable(0.0) if end.ratio == 0.0 else 0.0):
             known = 1  # the polynomial has no value where the run ends
         former = [levels.points[i - k] for k in range(known)]
