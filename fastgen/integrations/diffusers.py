@@ -128,10 +128,21 @@ class _Fast:
     def _begin(self, start: int = 0) -> None:
         """Rows of a run from a step on: the first ones of a multistep method read nothing yet."""
         if self._rows is None or start != self._start:
-            self._start = start
-            self._rows = self._build()
-            self._left = self._leaves()
+            self._start, self._left = start, self._leaves()
+            self._rows = [] if self._left else self._built()
         self._kept, self._seeds = [None] * 7, None
+
+    def _built(self) -> list[Row]:
+        """The run's rows; levels that are no ladder down to data are left to diffusers."""
+        sigmas = getattr(self, "sigmas", None)
+        if sigmas is not None and bool(sigmas.isnan().any()):
+            raise ValueError("sigmas: got NaN, expected finite numbers")
+        try:
+            return self._build()
+        except ValueError as error:
+            logger.info("%s: step is diffusers' own: %s", type(self).__name__, error)
+            self._left = True
+            return []
 
     def _build(self) -> list[Row]:
         raise NotImplementedError
@@ -408,11 +419,8 @@ class _BySigma(_Fast):
         own."""
         place = self._step_index
         if place is None or self._rows is None:
-            if self.num_inference_steps is None:
-                raise ValueError(
-                    "Number of inference steps is 'None', you need to run 'set_timesteps' after "
-                    "creating the scheduler"
-                )
+            if self.num_inference_steps is None:  # for diffusers to serve or to refuse
+                return -1
             if place is None:
                 self._init_step_index(timestep)
             place = self._step_index
@@ -491,10 +499,12 @@ class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True):  # fmt: skip
         whole = _is_whole(timestep)
-        if s_churn > 0.0 or whole or not self.is_scale_input_called:
+        index = -1
+        if s_churn == 0.0 and not whole and self.is_scale_input_called:
+            index = self._next(timestep)
+        if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, return_dict)  # fmt: skip
-        index = self._next(timestep)
         row = self._rows[index]
         prev, shown = self._take(index, row, sample, model_output, ((), None, 0))
         if not return_dict:
@@ -539,6 +549,8 @@ class HeunDiscreteScheduler(_BySigma, diffusers.HeunDiscreteScheduler):
 
     def step(self, model_output, timestep, sample, return_dict=True):
         index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, return_dict)
         row = self._rows[index]
         prev, *_, shown = self._take(index, row, sample, model_output, ((), None, 0),
                                      dtype=sample.dtype)  # fmt: skip
@@ -661,10 +673,12 @@ class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscrete
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, per_token_timesteps=None, return_dict=True):  # fmt: skip
         whole = _is_whole(timestep)
-        if per_token_timesteps is not None or whole:
+        index = -1
+        if per_token_timesteps is None and not whole:
+            index = self._next(timestep)
+        if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, per_token_timesteps, return_dict)  # fmt: skip
-        index = self._next(timestep)
         row = self._rows[index]
         noise: tuple = ((), None, 0)
         if self._random:
@@ -800,6 +814,8 @@ class IPNDMScheduler(_BySigma, diffusers.IPNDMScheduler):
 
     def step(self, model_output, timestep, sample, return_dict=True):
         index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, return_dict)
         (prev, *_) = self._take(index, self._rows[index], sample, model_output, ((), None, 0),
                                 dtype=sample.dtype)  # fmt: skip
         if not return_dict:
