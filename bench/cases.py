@@ -22,6 +22,7 @@ OPS = (
     "reparameterize",
     "conv_transpose",
     "sampling",
+    "diffusers",
     "sizes",
     "process",
 )

@@ -99,7 +99,7 @@ def add_bench(commands: Any) -> None:
     bench.add_argument(
         "ops", nargs="*", metavar="op",
         help="which benchmarks: step, guidance, forward, noise, reparameterize, conv_transpose, "
-        "sampling, sizes, process; all if none",
+        "sampling, diffusers, sizes, process; all if none",
     )  # fmt: skip
     bench.add_argument(
         "--against",

@@ -50,6 +50,7 @@ from ..solvers.rows import combined
 _schedulers = diffusers.schedulers
 logger = logging.getLogger("fastgen")
 NOISES = ("torch", "fastgen")
+NO_NOISE: tuple = ((), None, 0)  # normals, seed, sample ids
 SHOWN = 6  # the slot of what is shown beside the sample: the estimate of x_0
 _KINDS = {"epsilon": "epsilon", "sample": "sample", "original_sample": "sample",
           "v_prediction": "v", "flow_prediction": "flow"}  # fmt: skip
@@ -189,15 +190,19 @@ class _Fast:
         normals, seed, ids = noise
         history = tuple(self._kept[:4]) if self._keeps else ()
         kind = sample.dtype
-        wide = torch.float64 if kind is torch.float64 else torch.float32
+        dtypes = [output.dtype if dtype is None else dtype]
         others = row.outputs[1:]
-        dtypes = [dtype or output.dtype]
-        for other in others:
-            dtypes.append(wide if self._upcasts or other.target != SHOWN else kind)
+        if others:
+            wide = torch.float64 if kind is torch.float64 else torch.float32
+            for other in others:
+                dtypes.append(wide if self._upcasts or other.target != SHOWN else kind)
         results: Sequence[Tensor] = ()
         if logvar is None and sample.is_cpu and is_eager() and backends._native is not None:
             if not wants_gradient(sample, output, *normals, *history):
-                outs = tuple([torch.empty_like(sample, dtype=d) for d in dtypes])
+                outs = tuple([
+                    torch.empty_like(sample) if d is kind else torch.empty_like(sample, dtype=d)
+                    for d in dtypes
+                ])  # fmt: skip
                 if backends._native.loop_step(
                     sample, output, None, normals, history, outs, row.packed, 1.0, seed, ids,
                     index + self._start, kernel.STEP_STREAMS, False, torch.get_num_threads(),
@@ -215,9 +220,12 @@ class _Fast:
             for other, made in zip(others, results[1:], strict=True):
                 if other.target != SHOWN:
                     self._kept[other.target] = made  # type: ignore[index]
+        if self._counts:
+            self._step_index += 1  # type: ignore[operator]
         return results
 
     _keeps = True  # whether rows read former results
+    _counts = True  # whether diffusers counts the steps
 
 
 def _seeds(generator: Any, output: Tensor) -> tuple[kernel.Seed, int | Tensor]:
@@ -269,7 +277,7 @@ def _register(cls: Any) -> Any:
 class _ByTimestep(_Fast):
     """Rows by timestep: these schedulers keep no count of their steps."""
 
-    _keeps = False
+    _keeps = _counts = False
     _places: dict[int, int]
 
     def _row_at(self, timestep: Any) -> int | None:
@@ -353,7 +361,7 @@ class DDIMInverseScheduler(_ByTimestep, diffusers.DDIMInverseScheduler):
         index = None if self.num_inference_steps is None else self._row_at(timestep)
         if index is None:
             return super().step(model_output, timestep, sample, return_dict)
-        prev, shown = self._take(index, self._rows[index], sample, model_output, ((), None, 0))
+        prev, shown = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
         if not return_dict:
             return prev, shown
         return _schedulers.scheduling_ddim_inverse.DDIMSchedulerOutput(prev, shown)
@@ -433,11 +441,6 @@ class _BySigma(_Fast):
             raise IndexError("all steps were taken; run 'set_timesteps' again")
         return index
 
-    def _take(self, *arguments: Any, **options: Any) -> Sequence[Tensor]:
-        results = super()._take(*arguments, **options)
-        self._step_index += 1  # type: ignore[operator]
-        return results
-
     @property
     def _run(self) -> list[float]:
         """The sigmas of the run, from where it began."""
@@ -506,7 +509,7 @@ class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, return_dict)  # fmt: skip
         row = self._rows[index]
-        prev, shown = self._take(index, row, sample, model_output, ((), None, 0))
+        prev, shown = self._take(index, row, sample, model_output, NO_NOISE)
         if not return_dict:
             return prev, shown
         return _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput(prev, shown)
@@ -552,7 +555,7 @@ class HeunDiscreteScheduler(_BySigma, diffusers.HeunDiscreteScheduler):
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
         row = self._rows[index]
-        prev, *_, shown = self._take(index, row, sample, model_output, ((), None, 0),
+        prev, *_, shown = self._take(index, row, sample, model_output, NO_NOISE,
                                      dtype=sample.dtype)  # fmt: skip
         if not return_dict:
             return prev, shown
@@ -613,7 +616,7 @@ class UniPCMultistepScheduler(_BySigma, diffusers.UniPCMultistepScheduler):
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, ((), None, 0),
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE,
                                 dtype=sample.dtype)  # fmt: skip
         if not return_dict:
             return (prev,)
@@ -680,7 +683,7 @@ class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscrete
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, per_token_timesteps, return_dict)  # fmt: skip
         row = self._rows[index]
-        noise: tuple = ((), None, 0)
+        noise = NO_NOISE
         if self._random:
             noise = self._normals(row, sample.float(), generator, None, True)
         (prev,) = self._take(index, row, sample, model_output, noise)
@@ -709,7 +712,7 @@ class LMSDiscreteScheduler(_BySigma, diffusers.LMSDiscreteScheduler):
         if index < 0:
             return super().step(model_output, timestep, sample, order, return_dict)
         row = self._variant(order)[index]
-        prev, *_, shown = self._take(index, row, sample, model_output, ((), None, 0),
+        prev, *_, shown = self._take(index, row, sample, model_output, NO_NOISE,
                                      dtype=sample.dtype)  # fmt: skip
         if not return_dict:
             return prev, shown
@@ -744,7 +747,7 @@ class KDPM2DiscreteScheduler(_Kdpm2, diffusers.KDPM2DiscreteScheduler):
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
         prev, *_, shown = self._take(index, self._rows[index], sample, model_output,
-                                     ((), None, 0), dtype=sample.dtype)  # fmt: skip
+                                     NO_NOISE, dtype=sample.dtype)  # fmt: skip
         self.sample = sample if index % 2 == 0 else None
         if not return_dict:
             return prev, shown
@@ -788,7 +791,7 @@ class DEISMultistepScheduler(_BySigma, diffusers.DEISMultistepScheduler):
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, ((), None, 0),
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE,
                                 dtype=sample.dtype)  # fmt: skip
         if not return_dict:
             return (prev,)
@@ -816,7 +819,7 @@ class IPNDMScheduler(_BySigma, diffusers.IPNDMScheduler):
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, ((), None, 0),
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE,
                                 dtype=sample.dtype)  # fmt: skip
         if not return_dict:
             return (prev,)
