@@ -68,6 +68,11 @@ CONFIGS = {
         {}, {"solver_order": 3}, {"solver_order": 1}, {"thresholding": True},
     ],
     "IPNDMScheduler": [{}],
+    "PNDMScheduler": [
+        {"skip_prk_steps": True}, {"skip_prk_steps": True, "steps_offset": 1},
+        {"skip_prk_steps": True, "prediction_type": "v_prediction", "set_alpha_to_one": True}, {},
+    ],
+    "EDMEulerScheduler": [{}, {"prediction_type": "v_prediction"}, {"sigma_max": 20.0}],
     "TCDScheduler": [{}, {"prediction_type": "v_prediction"}],
     "DDIMParallelScheduler": [{}],
     "DDPMParallelScheduler": [{}],
@@ -105,7 +110,9 @@ def test_a_seed_gives_diffusers_image(name, config):
     """Within 1e-4 of the largest value, as float32's own errors along a run go; and the generator
     is left as diffusers leaves it."""
     # two steps from 157 to 0.03: diffusers' sigma_down, of float32, has lost all of its digits
-    for steps in (5, 20) if name == "KDPM2AncestralDiscreteScheduler" else (2, 5, 20):
+    # and PNDM's Runge-Kutta steps take four timesteps at least
+    fewest = 5 if name in ("KDPM2AncestralDiscreteScheduler", "PNDMScheduler") else 2
+    for steps in (fewest, 10, 20):
         theirs = getattr(diffusers, name)(**config)
         ours = fast.convert(theirs)
         assert isinstance(ours, type(theirs))
@@ -177,6 +184,9 @@ def test_noise_of_the_kernel_does_not_depend_on_the_batch(name):
 
 def test_a_run_may_begin_late():
     """Image to image: a multistep method begins with its first order wherever it begins."""
+    theirs = diffusers.PNDMScheduler(skip_prk_steps=True)
+    want, got = (run(s, 10, start=4)[0] for s in (theirs, fast.convert(theirs)))
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
     for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
                  "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"):  # fmt: skip
         theirs = getattr(diffusers, name)()

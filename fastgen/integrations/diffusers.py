@@ -285,7 +285,10 @@ class _ByTimestep(_Fast):
         if self._rows is None:
             self._begin()
             self._places = {int(t): i for i, t in enumerate(self.timesteps.tolist())}
-        return None if self._left else self._places.get(int(timestep))
+        index = None if self._left else self._places.get(int(timestep))
+        if index == 0:
+            self._seeds = None  # another run
+        return index
 
     def _point(self, alpha_bar: float) -> Point:
         alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
@@ -450,9 +453,13 @@ class _BySigma(_Fast):
         """Levels of x = x_0 + sigma eps, whose network sees x / sqrt(sigma^2 + 1)."""
 
         def at(sigma: float) -> Point:
-            return Point(1.0, sigma, sigma, 1.0, estimate_of(self._prediction, 1.0, sigma))
+            return Point(1.0, sigma, sigma, 1.0, self._estimate_at(sigma))
 
         return NoiseLevels(tuple(map(at, sigmas[:-1])), Point(1.0, sigmas[-1]), at)
+
+    def _estimate_at(self, sigma: float) -> tuple[float, float]:
+        """(a_x, a_e) of the estimate of x_0, on the scale of x = x_0 + sigma eps."""
+        return estimate_of(self._prediction, 1.0, sigma)
 
     def _preserving(self, sigmas: Sequence[float]) -> NoiseLevels:
         """Levels of x = alpha (x_0 + sigma eps), or of straight paths where those are used."""
@@ -482,7 +489,7 @@ class _BySigma(_Fast):
             levels = self._exploding(sigmas[:-1] if stays else sigmas)
             rows = self._shown(solver(levels), levels.points)
         if stays:
-            estimate = estimate_of(self._prediction, 1.0, sigmas[-1])
+            estimate = self._estimate_at(sigmas[-1])
             row = Row((Output({"x": 1.0}),), model_time=sigmas[-1])
             rows.append(_showing(row, {"x": estimate[0], "e": estimate[1]}))
         return rows
@@ -866,6 +873,88 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
         if not return_dict:
             return prev, shown
         return _schedulers.scheduling_tcd.TCDSchedulerOutput(prev, shown)
+
+
+@_register
+class EDMEulerScheduler(_BySigma, diffusers.EDMEulerScheduler):
+    _upcasts, _keeps = True, False
+
+    def _build(self) -> list[Row]:
+        return self._eulers(solvers.euler)
+
+    def _estimate_at(self, sigma: float) -> tuple[float, float]:
+        of_x, of_e = estimate_of("edm", 1.0, sigma, self.config.sigma_data)
+        return of_x, of_e if self._prediction == "epsilon" else -of_e
+
+    def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
+             s_noise=1.0, generator=None, return_dict=True, pred_original_sample=None):  # fmt: skip
+        index = -1
+        plain = s_churn == 0.0 and pred_original_sample is None and not _is_whole(timestep)
+        if plain and self.is_scale_input_called:
+            index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
+                                generator, return_dict, pred_original_sample)  # fmt: skip
+        prev, shown = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
+        if not return_dict:
+            return prev, shown
+        return _schedulers.scheduling_edm_euler.EDMEulerSchedulerOutput(prev, shown)
+
+
+@_register
+class PNDMScheduler(_Fast, diffusers.PNDMScheduler):
+    """Without its Runge-Kutta steps, as latent diffusion uses it. ``counter`` counts its calls."""
+
+    _counts = False
+    _grid: list[int]
+
+    def _leaves(self) -> bool:
+        return not self.config.skip_prk_steps or self._prediction == "sample"
+
+    def _build(self) -> list[Row]:
+        ratio = self.config.num_train_timesteps // (self.num_inference_steps or 1)
+        table, final = self.alphas_cumprod.tolist(), float(self.final_alpha_cumprod)
+        self._grid, rows = self.timesteps.tolist()[self._start :], []
+        for i, t in enumerate(self._grid):
+            # the second call, at the second timestep, corrects the first step
+            at, to = (t + ratio, t) if i == 1 else (t, t - ratio)
+            x = {"h3": 1.0} if i == 1 else {"x": 1.0}
+            kept = i - 1 if i else 0  # which estimate this call's is, but for the second's
+            keep: dict[int, dict[str, float]] = {} if i == 1 else {kept % 3: {"e": 1.0}}
+            if i == 0:
+                keep[3] = {"x": 1.0}
+            if i == 1:
+                noise = {"e": 0.5, "h0": 0.5}
+            else:
+                factors = ADAMS_BASHFORTH[min(kept, 3)]
+                former = [{f"h{(kept - k) % 3}": 1.0} for k in range(1, len(factors))]
+                noise = combined(*zip(factors, [{"e": 1.0}, *former], strict=True))
+            a_t, a_s = table[at], table[to] if to >= 0 else final
+            if self._prediction == "v":
+                noise = combined((math.sqrt(a_t), noise), (math.sqrt(1.0 - a_t), x))
+            below = a_t * math.sqrt(1.0 - a_s) + math.sqrt(a_t * (1.0 - a_t) * a_s)
+            weights = combined((math.sqrt(a_s / a_t), x), ((a_t - a_s) / below, noise))
+            outputs = [Output(weights), *(Output(w, target=slot) for slot, w in keep.items())]
+            rows.append(Row(tuple(outputs), model_time=float(t)))
+        return rows
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        index, t = self.counter, int(timestep)
+        if index == 0 and self.num_inference_steps is not None:
+            places = self.timesteps.tolist()
+            if t not in places:
+                return super().step(model_output, timestep, sample, return_dict)
+            self._begin(places.index(t))
+        if self._rows is None or self._left:
+            return super().step(model_output, timestep, sample, return_dict)
+        if index >= len(self._grid) or t != self._grid[index]:
+            raise ValueError(f"timestep: got {t}, expected the timesteps one after the other")
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE,
+                                dtype=sample.dtype)  # fmt: skip
+        self.counter += 1
+        if not return_dict:
+            return (prev,)
+        return _schedulers.scheduling_utils.SchedulerOutput(prev)
 
 
 def _log(ratio: float) -> float:
