@@ -6,8 +6,10 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from . import checks
 
@@ -103,11 +105,27 @@ class NoiseLevels:
         return list(zip(self.points, (*self.points[1:], self.end), strict=True))
 
 
-def _sigmas(values: Sequence[float] | np.ndarray) -> list[float]:
-    array = np.array(values, dtype=np.float64)
+def numbers(values: Any) -> list[float]:
+    """sigmas, (n + 1,), as floats. Raises TypeError or ValueError for anything else."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"sigmas: got {type(values).__name__}, expected a sequence of floats"
+        ) from None
     if array.ndim != 1 or array.size < 2 or not np.isfinite(array).all():
         raise ValueError("sigmas: expected at least two finite numbers, (n + 1,)")
+    if (array < 0.0).any() or (array[:-1] == 0.0).any():
+        raise ValueError("sigmas: expected numbers that are not negative, zero only at the end")
     return array.tolist()
+
+
+def _above_zero(name: str, value: float) -> float:
+    if checks.number(name, value) <= 0.0:
+        raise ValueError(f"{name}: got {value}, expected more than 0")
+    return float(value)
 
 
 def denoiser_levels(
@@ -121,7 +139,7 @@ def denoiser_levels(
     def at(sigma: float) -> Point:
         return Point(1.0, sigma, sigma, 1.0, estimate_of(prediction, 1.0, sigma))
 
-    *levels, last = _sigmas(sigmas)
+    *levels, last = numbers(sigmas)
     return NoiseLevels(tuple(map(at, levels)), Point(1.0, last), at, initial_scale=levels[0])
 
 
@@ -132,14 +150,14 @@ def edm_levels(sigmas: Sequence[float] | np.ndarray, sigma_data: float = 0.5) ->
 
     sigmas: (n + 1,), falling; see ``fastgen.sigmas``. sigma_data: of the data.
     """
-    sigma_data = checks.number("sigma_data", sigma_data)
+    sigma_data = _above_zero("sigma_data", sigma_data)
 
     def at(sigma: float) -> Point:
         scale = 1.0 / math.sqrt(sigma * sigma + sigma_data * sigma_data)
         estimate = estimate_of("edm", 1.0, sigma, sigma_data)
         return Point(1.0, sigma, math.log(sigma) / 4.0, scale, estimate)
 
-    *levels, last = _sigmas(sigmas)
+    *levels, last = numbers(sigmas)
     return NoiseLevels(tuple(map(at, levels)), Point(1.0, last), at, initial_scale=levels[0])
 
 
@@ -149,7 +167,7 @@ def flow_levels(sigmas: Sequence[float] | np.ndarray, scale: float = 1.0) -> Noi
 
     sigmas: (n + 1,), falling from 1; see ``fastgen.sigmas.flow``. The network is told scale sigma.
     """
-    scale = checks.number("scale", scale)
+    scale = _above_zero("scale", scale)
 
     def at(ratio: float) -> Point:
         return point(ratio / (1.0 + ratio) if ratio < math.inf else 1.0)
@@ -158,7 +176,7 @@ def flow_levels(sigmas: Sequence[float] | np.ndarray, scale: float = 1.0) -> Noi
         estimate = estimate_of("flow", 1.0 - sigma, sigma)
         return Point(1.0 - sigma, sigma, scale * sigma, 1.0, estimate)
 
-    levels = _sigmas(sigmas)
+    levels = numbers(sigmas)
     if not all(0.0 <= sigma <= 1.0 for sigma in levels):
         raise ValueError(f"sigmas: expected numbers in [0, 1], got {levels}")
     return NoiseLevels(tuple(map(point, levels[:-1])), point(levels[-1]), at)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from . import checks
-from .levels import NoiseLevels, Point, estimate_of
+from .levels import NoiseLevels, Point, estimate_of, numbers
 
 SPACINGS = ("trailing", "leading", "linspace")
 PREDICTIONS = ("epsilon", "sample", "v")
@@ -170,7 +170,7 @@ class NoiseSchedule:
         """Points at given sigma / alpha, (n + 1,), falling, as ``fastgen.sigmas`` makes them; what
         lies between two timesteps has a time between them, linear in log(sigma / alpha)."""
         at = self._between(prediction)
-        *levels, last = _floats("sigmas", sigmas).tolist()
+        *levels, last = numbers(sigmas)
         alpha = 1.0 / math.sqrt(1.0 + last * last)
         return NoiseLevels(tuple(map(at, levels)), Point(alpha, alpha * last), at)
 

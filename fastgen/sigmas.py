@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from . import checks
+from .levels import _above_zero
 
 
 def _ends(sigma_min: float, sigma_max: float) -> tuple[float, float]:
@@ -29,8 +30,7 @@ def _ended(sigmas: np.ndarray) -> np.ndarray:
 def karras(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
     """Karras et al. (2022), eq. 5."""
     low, high = _ends(sigma_min, sigma_max)
-    rho = checks.number("rho", rho)
-    inverse = 1.0 / rho
+    inverse = 1.0 / _above_zero("rho", rho)
     return _ended((high**inverse + _grid(steps) * (low**inverse - high**inverse)) ** rho)
 
 
@@ -44,7 +44,7 @@ def polyexponential(
 ):
     """Logarithms along a power: ramp^rho, Crowson's k-diffusion (2022)."""
     low, high = _ends(sigma_min, sigma_max)
-    ramp = (1.0 - _grid(steps)) ** checks.number("rho", rho)
+    ramp = (1.0 - _grid(steps)) ** _above_zero("rho", rho)
     return _ended(np.exp(ramp * (math.log(high) - math.log(low)) + math.log(low)))
 
 
@@ -58,8 +58,12 @@ def lu(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0):
 def vp(steps: int, beta_d: float = 19.9, beta_min: float = 0.1, epsilon: float = 1e-3):
     """The continuous variance-preserving SDE at times evenly spaced from 1 down to epsilon: Song
     et al. (2021), in the notation of Karras et al. (2022), table 1."""
-    t = 1.0 + _grid(steps) * (checks.number("epsilon", epsilon) - 1.0)
-    beta_d, beta_min = checks.number("beta_d", beta_d), checks.number("beta_min", beta_min)
+    beta_d, beta_min = _above_zero("beta_d", beta_d), _above_zero("beta_min", beta_min)
+    if not 0.0 < checks.number("epsilon", epsilon) < 1.0:
+        raise ValueError(f"epsilon: got {epsilon}, expected a number between 0 and 1")
+    if beta_d + beta_min > 1000.0:
+        raise ValueError(f"beta_d, beta_min: got {beta_d} and {beta_min}, beyond float64's range")
+    t = 1.0 + _grid(steps) * (epsilon - 1.0)
     return _ended(np.sqrt(np.expm1(0.5 * beta_d * t * t + beta_min * t)))
 
 
@@ -68,8 +72,6 @@ def flow(steps: int, shift: float = 1.0) -> np.ndarray:
 
     sigma' = shift sigma / (1 + (shift - 1) sigma)
     """
-    shift = checks.number("shift", shift)
-    if shift <= 0.0:
-        raise ValueError(f"shift: got {shift}, expected more than 0")
+    shift = _above_zero("shift", shift)
     sigma = np.linspace(1.0, 0.0, checks.integer("steps", steps, 1) + 1)
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)

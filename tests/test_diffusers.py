@@ -188,7 +188,8 @@ def test_a_run_may_begin_late():
     want, got = (run(s, 10, start=4)[0] for s in (theirs, fast.convert(theirs)))
     assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
     for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
-                 "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"):  # fmt: skip
+                 "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "LCMScheduler",
+                 "TCDScheduler", "DEISMultistepScheduler"):  # fmt: skip
         theirs = getattr(diffusers, name)()
         ours = fast.convert(theirs)
         for scheduler in (theirs, ours):
@@ -209,6 +210,51 @@ def test_gradients_pass_as_through_diffusers():
             found.append(torch.autograd.grad(y.sum(), (x, scale)))
         for want, got in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_that_broadcasts_is_taken_as_there():
+    x = torch.ones(SHAPE)
+    for shape in (SHAPE[:1] + (1, 8, 8), (1, 3, 1, 1), (8,)):
+        found = []
+        for made in (diffusers.DDIMScheduler(), fast.DDIMScheduler()):
+            made.set_timesteps(5)
+            noise = torch.full(shape, 0.3)
+            found.append(made.step(x, made.timesteps[0], x, eta=1.0, variance_noise=noise))
+        torch.testing.assert_close(found[1].prev_sample, found[0].prev_sample)
+    with pytest.raises(ValueError, match="variance_noise: got shape"):
+        made.step(x, made.timesteps[0], x, eta=1.0, variance_noise=torch.ones(3))
+
+
+def test_a_batch_that_changes_within_a_run_is_refused():
+    made = fast.DPMSolverMultistepScheduler()
+    made.set_timesteps(5)
+    x = torch.ones(SHAPE)
+    made.step(x[:1], made.timesteps[0], x[:1])
+    with pytest.raises(ValueError, match="sample: got shape"):
+        made.step(x, made.timesteps[1], x)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "kinds", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_dtypes_that_differ_come_out_as_there(name, kinds):
+    config = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    found = []
+    for made in (getattr(diffusers, name)(**config), getattr(fast, name)(**config)):
+        made.set_timesteps(5)
+        x, t = torch.ones(SHAPE, dtype=kinds[0]), made.timesteps[0]
+        if hasattr(made, "scale_model_input"):
+            made.scale_model_input(x, t)
+        found.append(made.step(x.to(kinds[1]), t, x, return_dict=False)[0].dtype)
+    assert found[0] == found[1]
+
+
+def test_converting_again_keeps_what_was_asked_for():
+    once = fast.convert(diffusers.DDIMScheduler(), noise="fastgen", compat="diffusers")
+    again = fast.convert(once)
+    assert (again._noise, again._compat) == ("fastgen", "diffusers")
+    assert fast.convert(again, noise="torch")._noise == "torch"
 
 
 # ---- defects of diffusers ------------------------------------------------------------------------

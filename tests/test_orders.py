@@ -8,7 +8,16 @@ import math
 import numpy as np
 import pytest
 
-from fastgen import solvers
+from fastgen import (
+    NoiseSchedule,
+    denoiser_levels,
+    edm_levels,
+    flow_levels,
+    randn,
+    sample,
+    sigmas,
+    solvers,
+)
 from fastgen.bench import solver_errors
 from fastgen.bench.solver_errors import error, path, run
 
@@ -113,3 +122,58 @@ def test_what_is_drawn_has_the_distribution_of_the_end(name, way, monkeypatch):
         errors.append(max(abs(mean - wanted[0]), abs(variance / wanted[1] - 1.0)))
     assert errors[2] < 1e-3 or errors[2] < 0.65 * errors[1], errors
     assert abs(2 * errors[2] - errors[1]) < 0.025, errors  # with no steps at all
+
+
+# ---- levels of every kind ------------------------------------------------------------------------
+
+ZERO = NoiseSchedule.linear().rescaled_to_zero_terminal_snr()
+KINDS = {
+    "flow": lambda n: flow_levels(sigmas.flow(n, 3.0)),
+    "zero terminal SNR": lambda n: ZERO.levels(n, prediction="v"),
+    "edm": lambda n: edm_levels(sigmas.karras(n)),
+    "ends above zero": lambda n: denoiser_levels(sigmas.karras(n)[:-1] if n > 1 else [3.0, 1.0]),
+}
+FINITE = [name for name in solvers.__all__ if name not in ("ddim", "ddpm", "tcd")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FINITE)
+def test_a_run_on_any_levels_is_finite(name, kind):
+    for steps in (1, 2, 3, 7):
+        for clip in (None, 1.0):
+            plan = getattr(solvers, name)(KINDS[kind](steps), clip=clip)
+            x = randn((2, 3, 5), seed=1).mul_(plan.initial_scale)
+            y = sample(lambda x, t, cond: 0.4 * x.tanh(), plan, x=x, seed=2)
+            assert y.isfinite().all(), (steps, clip)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sigmas.karras(5, rho=0), "rho"),
+        (lambda: sigmas.polyexponential(5, rho=-1), "rho"),
+        (lambda: sigmas.vp(5, -19.0), "beta_d"),
+        (lambda: sigmas.vp(5, epsilon=2.0), "epsilon"),
+        (lambda: sigmas.vp(5, 1e6), "beta_d, beta_min"),
+        (lambda: sigmas.lu(5, 2.0, 1.0), "sigma_min"),
+        (lambda: sigmas.flow(5, 0.0), "shift"),
+        (lambda: edm_levels([3.0, 0.0, 0.0]), "sigmas"),
+        (lambda: edm_levels([3.0, -1.0]), "sigmas"),
+        (lambda: edm_levels("abc"), "sigmas"),
+        (lambda: edm_levels([3.0, 0.0], 0.0), "sigma_data"),
+        (lambda: flow_levels([1.0, 0.0], 0.0), "scale"),
+        (lambda: flow_levels([2.0, 0.0]), "sigmas"),
+        (lambda: denoiser_levels([1.0, 2.0, 0.0]), "levels that fall"),
+        (lambda: ZERO.levels_at([]), "sigmas"),
+        (lambda: ZERO.levels_at(3.0), "sigmas"),
+        (lambda: solvers.heun(ZERO), "steps"),
+        (lambda: solvers.heun(edm_levels(sigmas.karras(3)), 4), "steps"),
+        (lambda: solvers.euler(ZERO, 3), "alpha_bar"),
+        (lambda: solvers.lms(ZERO, 3, order=5, prediction="v"), "order"),
+        (lambda: solvers.dpmpp_sde(ZERO, 3, r=1.0, prediction="v"), "r:"),
+        (lambda: solvers.dpm2(ZERO, 3, eta=1.0, s_churn=1.0, prediction="v"), "eta, s_churn"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

@@ -67,11 +67,10 @@ def _is_whole(timestep: Any) -> bool:
     return isinstance(timestep, int)
 
 
-def _check(sample: Tensor, output: Tensor) -> None:
-    if output.shape != sample.shape:
+def _check(name: str, given: Tensor, sample: Tensor) -> None:
+    if given.shape != sample.shape:
         raise ValueError(
-            f"model_output: got shape {tuple(output.shape)}, expected the sample's "
-            f"{tuple(sample.shape)}"
+            f"{name}: got shape {tuple(given.shape)}, expected the sample's {tuple(sample.shape)}"
         )
 
 
@@ -139,7 +138,10 @@ class _Fast:
         if sigmas is not None and bool(sigmas.isnan().any()):
             raise ValueError("sigmas: got NaN, expected finite numbers")
         try:
-            return self._build()
+            rows = self._build()
+            if self._counts and len(rows) != len(self.timesteps) - self._start:
+                raise ValueError("timesteps that repeat")
+            return rows
         except ValueError as error:
             logger.info("%s: step is diffusers' own: %s", type(self).__name__, error)
             self._left = True
@@ -168,6 +170,10 @@ class _Fast:
     ) -> tuple[tuple[Tensor, ...], kernel.Seed, int | Tensor]:  # fmt: skip
         """(normals, seed, sample ids) of a step; draws: whether diffusers would."""
         if given is not None:
+            try:
+                given = given.expand(output.shape)
+            except RuntimeError:
+                _check("variance_noise", given, output)
             return ((given,) if row.noises else ()), None, 0
         if self._noise == "fastgen":
             if not row.noises:
@@ -183,14 +189,17 @@ class _Fast:
 
     def _take(
         self, index: int, row: Row, sample: Tensor, output: Tensor, noise: tuple,
-        logvar: Tensor | None = None, dtype: torch.dtype | None = None,
+        logvar: Tensor | None = None,
     ) -> Sequence[Tensor]:  # fmt: skip
         """The results of a row: the sample, what is kept, and what is shown beside it; straight to
         the CPU's kernel, or by way of every check."""
         normals, seed, ids = noise
         history = tuple(self._kept[:4]) if self._keeps else ()
         kind = sample.dtype
-        dtypes = [output.dtype if dtype is None else dtype]
+        if kind is not output.dtype:
+            kind = torch.promote_types(kind, output.dtype)
+        casts = self._casts
+        dtypes = [kind if not casts else output.dtype if casts == "output" else sample.dtype]
         others = row.outputs[1:]
         if others:
             wide = torch.float64 if kind is torch.float64 else torch.float32
@@ -199,8 +208,9 @@ class _Fast:
         results: Sequence[Tensor] = ()
         if logvar is None and sample.is_cpu and is_eager() and backends._native is not None:
             if not wants_gradient(sample, output, *normals, *history):
+                own = sample.dtype
                 outs = tuple([
-                    torch.empty_like(sample) if d is kind else torch.empty_like(sample, dtype=d)
+                    torch.empty_like(sample) if d is own else torch.empty_like(sample, dtype=d)
                     for d in dtypes
                 ])  # fmt: skip
                 if backends._native.loop_step(
@@ -209,7 +219,11 @@ class _Fast:
                 ):  # fmt: skip
                     results = outs
         if not results:
-            _check(sample, output)
+            _check("model_output", output, sample)
+            for tensor in normals:
+                _check("noise", tensor, sample)
+            if any(h is not None and h.shape != sample.shape for h in history):
+                raise ValueError(f"sample: got shape {tuple(sample.shape)}, another than the run's")
             results = kernel.run(
                 sample.shape, row, backend=kernel.choose(None, sample, output, results=dtypes),
                 dtypes=dtypes, device=sample.device, like=sample, x=sample, cond=output,
@@ -224,6 +238,7 @@ class _Fast:
             self._step_index += 1  # type: ignore[operator]
         return results
 
+    _casts = ""  # "output" or "sample": whose dtype diffusers gives its result, else both promoted
     _keeps = True  # whether rows read former results
     _counts = True  # whether diffusers counts the steps
 
@@ -277,7 +292,7 @@ def _register(cls: Any) -> Any:
 class _ByTimestep(_Fast):
     """Rows by timestep: these schedulers keep no count of their steps."""
 
-    _keeps = _counts = False
+    _keeps = _counts = _strays = False
     _places: dict[int, int]
 
     def _row_at(self, timestep: Any) -> int | None:
@@ -301,7 +316,9 @@ class _ByTimestep(_Fast):
         last = 1.0 if final is None else float(final)
         levels = [float(table[t]) for t in grid]
         following = [*levels[1:], last]
-        if self._compat:  # t - T // N, which leaves the grid where N does not divide T
+        if (
+            self._strays and self._compat
+        ):  # t - T // N, which leaves the grid where N does not divide T
             ratio = self.config.num_train_timesteps // self.num_inference_steps
             following = [float(table[t - ratio]) if t >= ratio else last for t in grid]
         return list(zip(grid, levels, following, strict=True))
@@ -309,6 +326,7 @@ class _ByTimestep(_Fast):
 
 class _Ddim(_ByTimestep):
     _output: Any
+    _strays = True  # off the grid, in diffusers
 
     def _build(self) -> list[Row]:
         self._variants: dict[tuple, list[Row]] = {}
@@ -319,7 +337,8 @@ class _Ddim(_ByTimestep):
         if rows is None:
             rows = []
             for t, a_t, a_s in self._levels():
-                row = ddim_row(a_t, a_s, self._prediction, self._clips, eta, again, float(t))
+                noisy = eta if a_t < a_s else 0.0
+                row = ddim_row(a_t, a_s, self._prediction, self._clips, noisy, again, float(t))
                 rows.append(_showing(row, _estimate(row, self._point(a_t))))
             self._variants[eta, again] = rows
         return rows
@@ -501,7 +520,7 @@ class _BySigma(_Fast):
 
 @_register
 class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
-    _upcasts, _keeps = True, False
+    _upcasts, _casts, _keeps = True, "output", False
 
     def _build(self) -> list[Row]:
         return self._eulers(solvers.euler)
@@ -524,7 +543,7 @@ class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
 
 @_register
 class EulerAncestralDiscreteScheduler(_BySigma, diffusers.EulerAncestralDiscreteScheduler):
-    _upcasts, _keeps = True, False
+    _upcasts, _casts, _keeps = True, "output", False
 
     def _leaves(self) -> bool:
         return self._prediction == "sample"
@@ -562,8 +581,7 @@ class HeunDiscreteScheduler(_BySigma, diffusers.HeunDiscreteScheduler):
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
         row = self._rows[index]
-        prev, *_, shown = self._take(index, row, sample, model_output, NO_NOISE,
-                                     dtype=sample.dtype)  # fmt: skip
+        prev, *_, shown = self._take(index, row, sample, model_output, NO_NOISE)
         if not return_dict:
             return prev, shown
         module = _schedulers.scheduling_heun_discrete
@@ -573,7 +591,9 @@ class HeunDiscreteScheduler(_BySigma, diffusers.HeunDiscreteScheduler):
 @_register
 class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepScheduler):
     def _leaves(self) -> bool:
-        return super()._leaves() or self.config.variance_type is not None
+        config = self.config
+        flows = self._prediction == "flow" and not config.algorithm_type.endswith("++")
+        return super()._leaves() or config.variance_type is not None or flows
 
     def _build(self) -> list[Row]:
         config, count = self.config, len(self.timesteps) - self._start
@@ -607,8 +627,11 @@ class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepSchedule
 
 @_register
 class UniPCMultistepScheduler(_BySigma, diffusers.UniPCMultistepScheduler):
+    _casts = "sample"
+
     def _leaves(self) -> bool:
-        return super()._leaves() or self.config.solver_p is not None
+        flows = self._prediction == "flow" and not self.config.predict_x0
+        return super()._leaves() or self.config.solver_p is not None or flows
 
     def _build(self) -> list[Row]:
         config = self.config
@@ -623,8 +646,7 @@ class UniPCMultistepScheduler(_BySigma, diffusers.UniPCMultistepScheduler):
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE,
-                                dtype=sample.dtype)  # fmt: skip
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
         if not return_dict:
             return (prev,)
         return _schedulers.scheduling_utils.SchedulerOutput(prev)
@@ -635,7 +657,7 @@ class LCMScheduler(_BySigma, diffusers.LCMScheduler):
     _keeps = False
 
     def _build(self) -> list[Row]:
-        grid, rows = self.timesteps.tolist(), []
+        grid, rows = self.timesteps.tolist()[self._start :], []
         for i, t in enumerate(grid):
             a_t = float(self.alphas_cumprod[t])
             alpha, sigma = math.sqrt(a_t), math.sqrt(1.0 - a_t)
@@ -658,7 +680,7 @@ class LCMScheduler(_BySigma, diffusers.LCMScheduler):
             return super().step(model_output, timestep, sample, generator, return_dict)
         row = self._rows[index]
         noise = self._normals(row, model_output, generator, None, row.noises > 0)
-        prev, shown = self._take(index, row, sample, model_output, noise, dtype=sample.dtype)
+        prev, shown = self._take(index, row, sample, model_output, noise)
         if not return_dict:
             return prev, shown
         return _schedulers.scheduling_lcm.LCMSchedulerOutput(prev, shown)
@@ -666,7 +688,7 @@ class LCMScheduler(_BySigma, diffusers.LCMScheduler):
 
 @_register
 class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscreteScheduler):
-    _keeps = False
+    _casts, _keeps = "output", False
 
     def _build(self) -> list[Row]:
         rows, sigmas = [], self._run
@@ -719,8 +741,7 @@ class LMSDiscreteScheduler(_BySigma, diffusers.LMSDiscreteScheduler):
         if index < 0:
             return super().step(model_output, timestep, sample, order, return_dict)
         row = self._variant(order)[index]
-        prev, *_, shown = self._take(index, row, sample, model_output, NO_NOISE,
-                                     dtype=sample.dtype)  # fmt: skip
+        prev, *_, shown = self._take(index, row, sample, model_output, NO_NOISE)
         if not return_dict:
             return prev, shown
         return _schedulers.scheduling_lms_discrete.LMSDiscreteSchedulerOutput(prev, shown)
@@ -753,8 +774,7 @@ class KDPM2DiscreteScheduler(_Kdpm2, diffusers.KDPM2DiscreteScheduler):
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
-        prev, *_, shown = self._take(index, self._rows[index], sample, model_output,
-                                     NO_NOISE, dtype=sample.dtype)  # fmt: skip
+        prev, *_, shown = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
         self.sample = sample if index % 2 == 0 else None
         if not return_dict:
             return prev, shown
@@ -771,8 +791,7 @@ class KDPM2AncestralDiscreteScheduler(_Kdpm2, diffusers.KDPM2AncestralDiscreteSc
             return super().step(model_output, timestep, sample, generator, return_dict)
         row = self._rows[index]
         noise = self._normals(row, model_output, generator, None, index % 2 == 1)
-        prev, *_, shown = self._take(index, row, sample, model_output, noise,
-                                     dtype=sample.dtype)  # fmt: skip
+        prev, *_, shown = self._take(index, row, sample, model_output, noise)
         self.sample = sample if index % 2 == 0 else None
         if not return_dict:
             return prev, shown
@@ -798,8 +817,7 @@ class DEISMultistepScheduler(_BySigma, diffusers.DEISMultistepScheduler):
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE,
-                                dtype=sample.dtype)  # fmt: skip
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
         if not return_dict:
             return (prev,)
         return _schedulers.scheduling_utils.SchedulerOutput(prev)
@@ -826,8 +844,7 @@ class IPNDMScheduler(_BySigma, diffusers.IPNDMScheduler):
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE,
-                                dtype=sample.dtype)  # fmt: skip
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
         if not return_dict:
             return (prev,)
         return _schedulers.scheduling_utils.SchedulerOutput(prev)
@@ -869,7 +886,7 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
         row = self._variant(float(eta))[index]
         draws = eta > 0 and index + 1 < len(self._rows)
         noise = self._normals(row, model_output, generator, None, draws)
-        prev, shown = self._take(index, row, sample, model_output, noise, dtype=sample.dtype)
+        prev, shown = self._take(index, row, sample, model_output, noise)
         if not return_dict:
             return prev, shown
         return _schedulers.scheduling_tcd.TCDSchedulerOutput(prev, shown)
@@ -877,7 +894,7 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
 
 @_register
 class EDMEulerScheduler(_BySigma, diffusers.EDMEulerScheduler):
-    _upcasts, _keeps = True, False
+    _upcasts, _casts, _keeps = True, "output", False
 
     def _build(self) -> list[Row]:
         return self._eulers(solvers.euler)
@@ -949,8 +966,7 @@ class PNDMScheduler(_Fast, diffusers.PNDMScheduler):
             return super().step(model_output, timestep, sample, return_dict)
         if index >= len(self._grid) or t != self._grid[index]:
             raise ValueError(f"timestep: got {t}, expected the timesteps one after the other")
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE,
-                                dtype=sample.dtype)  # fmt: skip
+        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
         self.counter += 1
         if not return_dict:
             return (prev,)
@@ -964,10 +980,10 @@ def _log(ratio: float) -> float:
 # ---- conversion ----------------------------------------------------------------------------------
 
 
-def convert(x: Any, *, noise: str = "torch", compat: str = "") -> Any:
+def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> Any:
     """A scheduler's counterpart here with its configuration; or a pipeline, whose scheduler is
-    swapped, itself. noise, compat: as for ``from_config``. What was done is logged ("fastgen",
-    INFO).
+    swapped, itself. noise, compat: as for ``from_config``; what is converted again keeps them. What
+    was done is logged ("fastgen", INFO).
 
     Raises ValueError for a scheduler that has none, with the names of those that have; TypeError
     for what is neither.
@@ -980,6 +996,8 @@ def convert(x: Any, *, noise: str = "torch", compat: str = "") -> Any:
     name = type(x).__name__
     if name not in _CLASSES:
         raise ValueError(f"x: {name} has no counterpart here; these have: {', '.join(_CLASSES)}")
+    noise = getattr(x, "_noise", "torch") if noise is None else noise
+    compat = getattr(x, "_compat", "") if compat is None else compat
     made = _CLASSES[name].from_config(x.config, noise=noise, compat=compat)
     logger.info("%s: step is fastgen's, with noise from %s", name, noise)
     return made

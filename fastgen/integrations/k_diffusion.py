@@ -9,7 +9,8 @@ denoised sample. k-diffusion itself is not needed.
 Noise comes from torch's global generator, one ``randn_like`` a draw, in the same order as there:
 the same seed gives the same sample. (There the SDE samplers draw from a Brownian tree of another
 package instead; give its ``noise_sampler`` for the same noise.) With ``seed=`` it is made in the
-kernel, a function of (seed, sample, step, element), and no noise tensor is made.
+kernel, a function of (seed, sample, step, element), and no noise tensor is made; a list has a seed
+for each sample, whose noise does not depend on its place.
 """
 
 from __future__ import annotations
@@ -71,13 +72,17 @@ def _run(
 ) -> Tensor:
     """The plan's rows around the model; calls: how many a step takes, but for a last one to 0."""
     checks.tensor("x", x)
-    checks.tensor("sigmas", sigmas)
+    if not isinstance(sigmas, Tensor):
+        raise TypeError(f"sigmas: got {type(sigmas).__name__}, expected a torch.Tensor")
+    sigmas = sigmas if sigmas.is_floating_point() else sigmas.float()
     levels = tuple(sigmas.tolist())
     plan = _plan(solver, levels, **options)
-    loop = Loop(plan, x, seed=seed)
+    several = seed is not None and not isinstance(seed, int)
+    ids = [0] * x.shape[0] if several else None  # a seed of its own makes a sample its own
+    loop = Loop(plan, x, seed=seed, sample_ids=ids)
     churns = options.get("s_churn", 0.0) > 0.0
     if churns:  # there a normal is drawn before every step, used or not
-        z, first = _initial(x, seed), plan.rows[0].model_time
+        z, first = _initial(x, seed, ids), plan.rows[0].model_time
         up = options["s_noise"] * max(first**2 - levels[0] ** 2, 0.0) ** 0.5
         loop.x = x + up * z if up > 0.0 else x
     for step in _bar(len(levels) - 1, disable):
@@ -102,12 +107,13 @@ def _run(
     return loop.x
 
 
-def _initial(x: Tensor, seed: Seed) -> Tensor:
+def _initial(x: Tensor, seed: Seed, ids: list[int] | None) -> Tensor:
     """Normals of what is added before the first call, at a step that no row takes."""
     if seed is None:
         return torch.randn_like(x)
     step = checks.MAX_STEPS - 1
-    return randn(x.shape, seed=seed, step=step, stream=STEP_NOISE, device=x.device, dtype=x.dtype)
+    return randn(x.shape, seed=seed, sample_ids=ids, step=step, stream=STEP_NOISE,
+                 device=x.device, dtype=x.dtype)  # fmt: skip
 
 
 def _bar(count: int, disable: bool | None):

@@ -304,25 +304,20 @@ def dpmpp_sde(
             rows.add(at, levels.next(i), first_order(at, down), (s_noise * up,))
             continue
         middle = levels.at(at.ratio ** (1.0 - r) * end.ratio**r)
-        down, up = down_and_up(at, middle, eta)
-        drawn = (s_noise * up,)
-        kept: dict[int, Weights] = {0: {"x": 1.0}, 1: {"denoised": 1.0}}
-        if up > 0.0 and correlated:
-            kept[2] = {}
-        rows.add(at, middle, first_order(at, down), drawn, kept, {2: (1.0,)})
+        half, up_half = down_and_up(at, middle, eta)
         down, up = down_and_up(at, end, eta)
         whole, share = first_order(at, down), 0.5 / r
-        of_first = 0.0
-        if correlated:
+        # slot 0: what the step has of its start; slot 1: the first part's normal
+        rest = {"x": whole["x"], "denoised": (1.0 - share) * whole["denoised"]}
+        kept: dict[int, Weights] = {0: rest}
+        weights = {"h0": 1.0, "denoised": share * whole["denoised"]}
+        of_second = 1.0
+        if correlated and up > 0.0:
+            kept[1] = {}
             of_first = math.sqrt((at.ratio - middle.ratio) / (at.ratio - end.ratio))
-        of_second = math.sqrt(1.0 - of_first**2)
-        weights = {
-            "h0": whole["x"],
-            "h1": (1.0 - share) * whole["denoised"],
-            "denoised": share * whole["denoised"],
-        }
-        if up > 0.0 and correlated:
-            weights["h2"] = s_noise * up * of_first
+            weights["h1"] = s_noise * up * of_first
+            of_second = math.sqrt(1.0 - of_first**2)
+        rows.add(at, middle, first_order(at, half), (s_noise * up_half,), kept, {1: (1.0,)})
         rows.add(middle, levels.next(i), weights, (s_noise * up * of_second,))
     return rows.plan("dpmpp_sde")
 

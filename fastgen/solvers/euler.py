@@ -45,7 +45,9 @@ def _churned(levels: NoiseLevels, s_churn: float, s_tmin: float, s_tmax: float) 
     """The points where the network is called: noise is added before each call, algorithm 2."""
     gamma = min(s_churn / len(levels), math.sqrt(2.0) - 1.0)
     return [
-        levels.at(p.ratio * (1.0 + gamma)) if gamma > 0.0 and s_tmin <= p.ratio <= s_tmax else p
+        levels.at(p.ratio * (1.0 + gamma))
+        if gamma > 0.0 and s_tmin <= p.ratio <= s_tmax and p.alpha > 0.0
+        else p
         for p in levels.points
     ]
 
@@ -135,7 +137,7 @@ def heun(
     seen, rows = _churned(levels, *churn[:3]), Rows(levels, clip)
     for i, (at, (_, end)) in enumerate(zip(seen, levels.pairs, strict=True)):
         to = seen[i + 1] if i + 1 < len(seen) else None
-        if end.sigma == 0.0:
+        if end.sigma == 0.0 or at.alpha == 0.0:
             rows.add(at, to, first_order(at, end))
             continue
         factor, deviation = (1.0, 0.0) if to is None else _lift(end, to, churn[3])
@@ -175,7 +177,7 @@ def dpm2(
         factor, deviation = (1.0, 0.0) if to is None else _lift(end, to, churn[3])
         down, up = down_and_up(at, end, eta)
         noise = (deviation or churn[3] * up,)
-        if down.sigma == 0.0:
+        if down.sigma == 0.0 or at.alpha == 0.0:
             rows.add(at, to, first_order(at, down), noise)
             continue
         middle = levels.at(math.sqrt(at.ratio * down.ratio))
@@ -203,7 +205,7 @@ def gradient_estimation(
     rows = Rows(levels, clip)
     for i, (at, end) in enumerate(levels.pairs):
         h = end.alpha * (end.ratio - at.ratio)
-        weights = combined((end.alpha / at.alpha, {"x": 1.0}), (h, slope(at)))
+        weights = first_order(at, end)
         if i > 0:
             weights = combined((1.0, weights), (h * (gamma - 1.0), slope(at)),
                                (h * (1.0 - gamma), {f"h{(i - 1) % 2}": 1.0}))  # fmt: skip

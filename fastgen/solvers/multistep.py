@@ -60,18 +60,16 @@ def _adams(
     rows, slots = Rows(levels, clip), max(order, 2)
     for i, (at, end) in enumerate(levels.pairs):
         known = min(order, i + 1) if orders is None else orders[i]
-        if end.sigma == 0.0 and not math.isfinite(variable(0.0) if end.ratio == 0.0 else 0.0):
-            known = 1  # the polynomial has no value where the run ends
+        known = min(known, max(1, sum(p.alpha > 0.0 for p in levels.points[: i + 1])))
+        if at.alpha == 0.0 or (end.sigma == 0.0 and not math.isfinite(variable(0.0))):
+            known = 1  # the polynomial has no value where the run begins, or ends
         former = [levels.points[i - k] for k in range(known)]
         nodes = [variable(p.ratio) for p in former]
-        factors = (
-            [end.ratio - at.ratio] if known == 1
-            else lagrange_integrals(at.ratio, end.ratio, nodes, variable)
-        )  # fmt: skip
-        names = [noise_of(at), *({past(i, k, slots): 1.0} for k in range(1, known))]
-        weights = by_noise(at, end, [end.alpha * f for f in factors], names)
-        if known == 1:
-            weights = first_order(at, end)
+        weights = first_order(at, end)
+        if known > 1:
+            factors = lagrange_integrals(at.ratio, end.ratio, nodes, variable)
+            names = [noise_of(at), *({past(i, k, slots): 1.0} for k in range(1, known))]
+            weights = by_noise(at, end, [end.alpha * f for f in factors], names)
         keep = {i % slots: noise_of(at)} if i + 1 < len(levels) and order > 1 else {}
         rows.add(at, levels.next(i), weights, keep=keep)
     return rows.plan(solver)
@@ -136,6 +134,8 @@ def ipndm(
 
 def _transferred(at: Point, end: Point, noise: dict[str, float]) -> dict[str, float]:
     """The transfer of Liu et al. (2022), eq. 11: DDIM's step along an estimate of the noise."""
+    if at.alpha == 0.0:  # of which all of x is
+        return first_order(at, end)
     return combined(
         (end.alpha / at.alpha, {"x": 1.0}), (end.sigma - end.alpha * at.sigma / at.alpha, noise)
     )
@@ -154,7 +154,7 @@ def pndm(
     levels = levels_of(levels, steps, prediction, spacing)
     rows = Rows(levels, clip)
     for i, (at, end) in enumerate(levels.pairs):
-        if i < 3 and end.sigma > 0.0:
+        if i < 3 and end.sigma > 0.0 and at.alpha > 0.0:
             _runge_kutta(rows, levels, i, at, end)
             continue
         factors = ADAMS_BASHFORTH[min(3, i)]
@@ -165,20 +165,21 @@ def pndm(
 
 
 def _runge_kutta(rows: Rows, levels: NoiseLevels, i: int, at: Point, end: Point) -> None:
-    """e' = (e_1 + 2 e_2 + 2 e_3 + e_4) / 6: slot i keeps e_1, 5 the sum, 6 the sample."""
+    """e' = (e_1 + 2 e_2 + 2 e_3 + e_4) / 6: slot i keeps e_1, 5 the sum behind it, 6 the sample."""
     middle = levels.at(math.sqrt(at.ratio * end.ratio))
     last = levels.at(end.ratio) if end is levels.end else end
     e, x, total = noise_of, {"h6": 1.0}, {"h5": 1.0}
     rows.add(at, middle, _transferred(at, middle, e(at)),
-             keep={i: e(at), 5: e(at), 6: {"x": 1.0}})  # fmt: skip
+             keep={i: e(at), 6: {"x": 1.0}})  # fmt: skip
 
     def moved(to: Point, noise: dict[str, float]) -> dict[str, float]:
         return combined(
             (to.alpha / at.alpha, x), (to.sigma - to.alpha * at.sigma / at.alpha, noise)
         )
 
-    summed = {5: combined((1.0, total), (2.0, e(middle)))}
-    rows.add(middle, middle, moved(middle, e(middle)), keep=summed)
-    rows.add(middle, last, moved(end, e(middle)), keep=summed)
+    first = {5: combined((1.0, {f"h{i}": 1.0}), (2.0, e(middle)))}
+    rows.add(middle, middle, moved(middle, e(middle)), keep=first)
+    both = {5: combined((1.0, total), (2.0, e(middle)))}
+    rows.add(middle, last, moved(end, e(middle)), keep=both)
     mean = combined((1.0 / 6.0, total), (1.0 / 6.0, e(last)))
     rows.add(last, levels.next(i), moved(end, mean))

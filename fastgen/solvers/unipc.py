@@ -96,6 +96,7 @@ def unipc(
                       for k in range(1, before)]  # fmt: skip
             x = _update(start, at, {"h3": 1.0}, estimate(1), [*others, (1.0, now)], variant, data)
         known = min(order, i + 1, count - i if lower_order_final else order)
+        known = max(1, min(known, sum(p.alpha > 0.0 for p in points[: i + 1])))
         if end.sigma == 0.0 or at.alpha == 0.0:
             weights = combined((end.sigma / at.sigma, x),
                                (first_order(at, end)["denoised"], DATA))  # fmt: skip
