@@ -16,6 +16,7 @@ from fastgen.testing import assert_bitwise
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 from fastgen.integrations import diffusers as fast  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers', of NumPy's
 SHAPE = (2, 3, 8, 8)
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 LAST = {"final_sigmas_type": "sigma_min"}
