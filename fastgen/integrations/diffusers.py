@@ -44,7 +44,7 @@ from ..solvers.ddim import ddim_row
 from ..solvers.ddpm import ddpm_row
 from ..solvers.dpm import _multistep
 from ..solvers.euler import down_and_up
-from ..solvers.multistep import ADAMS_BASHFORTH, _adams
+from ..solvers.multistep import ADAMS_BASHFORTH, _adams, log_level
 from ..solvers.rows import combined
 
 _schedulers = diffusers.schedulers
@@ -105,6 +105,7 @@ class _Fast:
     _step_index: int | None
     _init_step_index: Callable[[Any], None]
     step: Callable[..., Any]
+    _build: Callable[[], list[Row]]  # the rows of a run from _start on, a call of step each
     _upcasts = False  # whether diffusers computes in float32 and shows the estimate in it
 
     @classmethod
@@ -147,9 +148,6 @@ class _Fast:
             self._left = True
             return []
 
-    def _build(self) -> list[Row]:
-        raise NotImplementedError
-
     def _leaves(self) -> bool:
         """Whether this configuration is diffusers' own to step."""
         return bool(getattr(self.config, "thresholding", False))
@@ -187,12 +185,12 @@ class _Fast:
                          dtype=dtype or output.dtype)  # fmt: skip
         return ((z,) if row.noises else ()), None, 0
 
-    def _take(
+    def _stepped(
         self, index: int, row: Row, sample: Tensor, output: Tensor, noise: tuple,
-        logvar: Tensor | None = None,
-    ) -> Sequence[Tensor]:  # fmt: skip
-        """The results of a row: the sample, what is kept, and what is shown beside it; straight to
-        the CPU's kernel, or by way of every check."""
+        return_dict: bool, logvar: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        """What ``step`` returns: a row's results, the sample and what is shown beside it, straight
+        from the CPU's kernel or by way of every check."""
         normals, seed, ids = noise
         history = tuple(self._kept[:4]) if self._keeps else ()
         kind = sample.dtype
@@ -236,8 +234,11 @@ class _Fast:
                     self._kept[other.target] = made  # type: ignore[index]
         if self._counts:
             self._step_index += 1  # type: ignore[operator]
-        return results
+        shows = bool(others) and others[-1].target == SHOWN
+        pair = (results[0], results[-1]) if shows else (results[0],)
+        return self._output(*pair) if return_dict else pair
 
+    _output: Any = _schedulers.scheduling_utils.SchedulerOutput
     _casts = ""  # "output" or "sample": whose dtype diffusers gives its result, else both promoted
     _keeps = True  # whether rows read former results
     _counts = True  # whether diffusers counts the steps
@@ -267,7 +268,7 @@ def _revived(name: str) -> Any:
 
 def _register(cls: Any) -> Any:
     """The class under diffusers' name, with its signatures."""
-    base: Any = cls.__bases__[1]
+    base: Any = cls.__bases__[-1]
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self, *args, **kwargs):
@@ -325,7 +326,6 @@ class _ByTimestep(_Fast):
 
 
 class _Ddim(_ByTimestep):
-    _output: Any
     _strays = True  # off the grid, in diffusers
 
     def _build(self) -> list[Row]:
@@ -351,10 +351,7 @@ class _Ddim(_ByTimestep):
                                 generator, variance_noise, return_dict)  # fmt: skip
         row = self._variant(float(eta), bool(use_clipped_model_output))[index]
         noise = self._normals(row, model_output, generator, variance_noise, eta > 0)
-        prev, shown = self._take(index, row, sample, model_output, noise)
-        if not return_dict:
-            return prev, shown
-        return self._output(prev, shown)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 @_register
@@ -369,6 +366,8 @@ class DDIMParallelScheduler(_Ddim, diffusers.DDIMParallelScheduler):
 
 @_register
 class DDIMInverseScheduler(_ByTimestep, diffusers.DDIMInverseScheduler):
+    _output = _schedulers.scheduling_ddim_inverse.DDIMSchedulerOutput
+
     def _build(self) -> list[Row]:
         rows, table = [], self.alphas_cumprod
         ratio = self.config.num_train_timesteps // (self.num_inference_steps or 1)
@@ -383,15 +382,10 @@ class DDIMInverseScheduler(_ByTimestep, diffusers.DDIMInverseScheduler):
         index = None if self.num_inference_steps is None else self._row_at(timestep)
         if index is None:
             return super().step(model_output, timestep, sample, return_dict)
-        prev, shown = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
-        if not return_dict:
-            return prev, shown
-        return _schedulers.scheduling_ddim_inverse.DDIMSchedulerOutput(prev, shown)
+        return self._stepped(index, self._rows[index], sample, model_output, NO_NOISE, return_dict)
 
 
 class _Ddpm(_ByTimestep):
-    _output: Any
-
     def _leaves(self) -> bool:
         return super()._leaves() or self.config.variance_type == "learned"
 
@@ -422,10 +416,7 @@ class _Ddpm(_ByTimestep):
             model_output, logvar = model_output.split(sample.shape[1], dim=1)
             logvar = logvar if row.noises else None
         noise = self._normals(row, model_output, generator, None, int(timestep) > 0)
-        prev, shown = self._take(index, row, sample, model_output, noise, logvar)
-        if not return_dict:
-            return prev, shown
-        return self._output(prev, shown)
+        return self._stepped(index, row, sample, model_output, noise, return_dict, logvar)
 
 
 @_register
@@ -498,6 +489,15 @@ class _BySigma(_Fast):
         end = at(ratios[-1]) if ratios[-1] > 0.0 else Point(1.0, 0.0)
         return NoiseLevels(tuple(map(at, ratios[:-1])), end, at)
 
+    def _orders(self) -> list[int]:
+        """Of each step of a multistep method: rising, and falling again at the end of few steps."""
+        config = self.config
+        orders = [min(config.solver_order, i + 1) for i in range(len(self.timesteps) - self._start)]
+        if config.lower_order_final and len(self.timesteps) < 15:
+            orders[-2:] = [min(order, 2) for order in orders[-2:]]
+            orders[-1] = 1
+        return orders
+
     def _eulers(self, solver: Callable[[NoiseLevels], Plan]) -> list[Row]:
         """A solver of one call a step. Where the run ends on its last level, as with
         final_sigmas_type="sigma_min", the last step goes nowhere."""
@@ -518,8 +518,19 @@ class _BySigma(_Fast):
                 for row, at in zip(plan.rows, points, strict=True)]  # fmt: skip
 
 
+class _Plain(_BySigma):
+    """The step of those that draw nothing and take no option."""
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, return_dict)
+        return self._stepped(index, self._rows[index], sample, model_output, NO_NOISE, return_dict)
+
+
 @_register
 class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
+    _output = _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
     _upcasts, _casts, _keeps = True, "output", False
 
     def _build(self) -> list[Row]:
@@ -527,22 +538,19 @@ class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True):  # fmt: skip
-        whole = _is_whole(timestep)
         index = -1
-        if s_churn == 0.0 and not whole and self.is_scale_input_called:
+        if s_churn == 0.0 and not _is_whole(timestep) and self.is_scale_input_called:
             index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, return_dict)  # fmt: skip
         row = self._rows[index]
-        prev, shown = self._take(index, row, sample, model_output, NO_NOISE)
-        if not return_dict:
-            return prev, shown
-        return _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput(prev, shown)
+        return self._stepped(index, row, sample, model_output, NO_NOISE, return_dict)
 
 
 @_register
 class EulerAncestralDiscreteScheduler(_BySigma, diffusers.EulerAncestralDiscreteScheduler):
+    _output = _schedulers.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
     _upcasts, _casts, _keeps = True, "output", False
 
     def _leaves(self) -> bool:
@@ -552,40 +560,26 @@ class EulerAncestralDiscreteScheduler(_BySigma, diffusers.EulerAncestralDiscrete
         return self._eulers(solvers.euler_ancestral)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        whole = _is_whole(timestep)
         index = -1
-        if not whole and self.is_scale_input_called:
+        if not _is_whole(timestep) and self.is_scale_input_called:
             index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, generator, return_dict)
         row = self._rows[index]
         noise = self._normals(row, model_output, generator, None, True)
-        prev, shown = self._take(index, row, sample, model_output, noise)
-        if not return_dict:
-            return prev, shown
-        module = _schedulers.scheduling_euler_ancestral_discrete
-        return module.EulerAncestralDiscreteSchedulerOutput(prev, shown)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 @_register
-class HeunDiscreteScheduler(_BySigma, diffusers.HeunDiscreteScheduler):
+class HeunDiscreteScheduler(_Plain, diffusers.HeunDiscreteScheduler):
+    _output = _schedulers.scheduling_heun_discrete.HeunDiscreteSchedulerOutput
+
     def _build(self) -> list[Row]:
         sigmas = self._run
         levels = self._exploding([sigmas[0], *sigmas[1:-1:2], sigmas[-1]])
         plan = solvers.heun(levels, clip=self._clips)
         points = [p for i, p in enumerate(levels.points) for _ in range(2 if i else 1)]
         return self._shown(plan, points)
-
-    def step(self, model_output, timestep, sample, return_dict=True):
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, return_dict)
-        row = self._rows[index]
-        prev, *_, shown = self._take(index, row, sample, model_output, NO_NOISE)
-        if not return_dict:
-            return prev, shown
-        module = _schedulers.scheduling_heun_discrete
-        return module.HeunDiscreteSchedulerOutput(prev, shown)
 
 
 @_register
@@ -596,13 +590,9 @@ class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepSchedule
         return super()._leaves() or config.variance_type is not None or flows
 
     def _build(self) -> list[Row]:
-        config, count = self.config, len(self.timesteps) - self._start
+        config, orders = self.config, self._orders()
         self._sde = config.algorithm_type.startswith("sde")
-        few = config.lower_order_final and len(self.timesteps) < 15
-        orders = [min(config.solver_order, i + 1) for i in range(count)]
-        if few and count > 1:
-            orders[-2] = min(orders[-2], 2)
-        if few or config.euler_at_final or config.final_sigmas_type == "zero":
+        if config.euler_at_final or config.final_sigmas_type == "zero":
             orders[-1] = 1
         return list(_multistep(
             self._preserving(self._run), None, "dpm", order=config.solver_order,
@@ -619,14 +609,11 @@ class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepSchedule
         row, sde = self._rows[index], self._sde
         given = variance_noise if sde else None
         noise = self._normals(row, model_output, generator, given, sde, torch.float32)
-        (prev, *_) = self._take(index, row, sample, model_output, noise)
-        if not return_dict:
-            return (prev,)
-        return _schedulers.scheduling_utils.SchedulerOutput(prev)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 @_register
-class UniPCMultistepScheduler(_BySigma, diffusers.UniPCMultistepScheduler):
+class UniPCMultistepScheduler(_Plain, diffusers.UniPCMultistepScheduler):
     _casts = "sample"
 
     def _leaves(self) -> bool:
@@ -642,18 +629,10 @@ class UniPCMultistepScheduler(_BySigma, diffusers.UniPCMultistepScheduler):
             lower_order_final=config.lower_order_final,
         ).rows)  # fmt: skip
 
-    def step(self, model_output, timestep, sample, return_dict=True):
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, return_dict)
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
-        if not return_dict:
-            return (prev,)
-        return _schedulers.scheduling_utils.SchedulerOutput(prev)
-
 
 @_register
 class LCMScheduler(_BySigma, diffusers.LCMScheduler):
+    _output = _schedulers.scheduling_lcm.LCMSchedulerOutput
     _keeps = False
 
     def _build(self) -> list[Row]:
@@ -680,14 +659,12 @@ class LCMScheduler(_BySigma, diffusers.LCMScheduler):
             return super().step(model_output, timestep, sample, generator, return_dict)
         row = self._rows[index]
         noise = self._normals(row, model_output, generator, None, row.noises > 0)
-        prev, shown = self._take(index, row, sample, model_output, noise)
-        if not return_dict:
-            return prev, shown
-        return _schedulers.scheduling_lcm.LCMSchedulerOutput(prev, shown)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 @_register
 class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscreteScheduler):
+    _output = _schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput
     _casts, _keeps = "output", False
 
     def _build(self) -> list[Row]:
@@ -704,9 +681,8 @@ class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscrete
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, per_token_timesteps=None, return_dict=True):  # fmt: skip
-        whole = _is_whole(timestep)
         index = -1
-        if per_token_timesteps is None and not whole:
+        if per_token_timesteps is None and not _is_whole(timestep):
             index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
@@ -715,15 +691,13 @@ class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscrete
         noise = NO_NOISE
         if self._random:
             noise = self._normals(row, sample.float(), generator, None, True)
-        (prev,) = self._take(index, row, sample, model_output, noise)
-        if not return_dict:
-            return (prev,)
-        module = _schedulers.scheduling_flow_match_euler_discrete
-        return module.FlowMatchEulerDiscreteSchedulerOutput(prev)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 @_register
 class LMSDiscreteScheduler(_BySigma, diffusers.LMSDiscreteScheduler):
+    _output = _schedulers.scheduling_lms_discrete.LMSDiscreteSchedulerOutput
+
     def _build(self) -> list[Row]:
         self._variants: dict[int, list[Row]] = {}
         return self._variant(4)
@@ -741,10 +715,7 @@ class LMSDiscreteScheduler(_BySigma, diffusers.LMSDiscreteScheduler):
         if index < 0:
             return super().step(model_output, timestep, sample, order, return_dict)
         row = self._variant(order)[index]
-        prev, *_, shown = self._take(index, row, sample, model_output, NO_NOISE)
-        if not return_dict:
-            return prev, shown
-        return _schedulers.scheduling_lms_discrete.LMSDiscreteSchedulerOutput(prev, shown)
+        return self._stepped(index, row, sample, model_output, NO_NOISE, return_dict)
 
 
 class _Kdpm2(_BySigma):
@@ -755,6 +726,11 @@ class _Kdpm2(_BySigma):
 
     def _leaves(self) -> bool:
         return self._prediction == "sample"
+
+    def _stepped(self, index: int, row: Row, sample: Tensor, *others: Any) -> Any:
+        result = super()._stepped(index, row, sample, *others)
+        self.sample = sample if index % 2 == 0 else None
+        return result
 
     def _build(self) -> list[Row]:
         sigmas = self._run
@@ -769,20 +745,15 @@ class _Kdpm2(_BySigma):
 
 
 @_register
-class KDPM2DiscreteScheduler(_Kdpm2, diffusers.KDPM2DiscreteScheduler):
-    def step(self, model_output, timestep, sample, return_dict=True):
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, return_dict)
-        prev, *_, shown = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
-        self.sample = sample if index % 2 == 0 else None
-        if not return_dict:
-            return prev, shown
-        return _schedulers.scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput(prev, shown)
+class KDPM2DiscreteScheduler(_Kdpm2, _Plain, diffusers.KDPM2DiscreteScheduler):
+    _output = _schedulers.scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput
 
 
 @_register
 class KDPM2AncestralDiscreteScheduler(_Kdpm2, diffusers.KDPM2AncestralDiscreteScheduler):
+    _output = (
+        _schedulers.scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput
+    )
     _eta = 1.0
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
@@ -791,40 +762,21 @@ class KDPM2AncestralDiscreteScheduler(_Kdpm2, diffusers.KDPM2AncestralDiscreteSc
             return super().step(model_output, timestep, sample, generator, return_dict)
         row = self._rows[index]
         noise = self._normals(row, model_output, generator, None, index % 2 == 1)
-        prev, *_, shown = self._take(index, row, sample, model_output, noise)
-        self.sample = sample if index % 2 == 0 else None
-        if not return_dict:
-            return prev, shown
-        module = _schedulers.scheduling_k_dpm_2_ancestral_discrete
-        return module.KDPM2AncestralDiscreteSchedulerOutput(prev, shown)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 @_register
-class DEISMultistepScheduler(_BySigma, diffusers.DEISMultistepScheduler):
+class DEISMultistepScheduler(_Plain, diffusers.DEISMultistepScheduler):
     def _build(self) -> list[Row]:
-        config, count = self.config, len(self.timesteps) - self._start
-        orders = [min(config.solver_order, i + 1) for i in range(count)]
-        if config.lower_order_final and len(self.timesteps) < 15:
-            orders[-2:] = [min(order, 2) for order in orders[-2:]]
-            orders[-1] = 1
-        return list(_adams(self._preserving(self._run), config.solver_order, None, "deis",
-                           _log, orders).rows)  # fmt: skip
+        levels, order = self._preserving(self._run), self.config.solver_order
+        return list(_adams(levels, order, None, "deis", log_level, self._orders()).rows)
 
     def _leaves(self) -> bool:
         return super()._leaves() or self.config.algorithm_type != "deis"
 
-    def step(self, model_output, timestep, sample, return_dict=True):
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, return_dict)
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
-        if not return_dict:
-            return (prev,)
-        return _schedulers.scheduling_utils.SchedulerOutput(prev)
-
 
 @_register
-class IPNDMScheduler(_BySigma, diffusers.IPNDMScheduler):
+class IPNDMScheduler(_Plain, diffusers.IPNDMScheduler):
     def _build(self) -> list[Row]:
         alphas, sigmas = self.alphas.tolist(), self.betas.tolist()
         rows: list[Row] = []
@@ -840,18 +792,10 @@ class IPNDMScheduler(_BySigma, diffusers.IPNDMScheduler):
             rows.append(Row((Output(weights), Output(now, target=i % 4)), model_time=0.0))
         return rows
 
-    def step(self, model_output, timestep, sample, return_dict=True):
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, return_dict)
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
-        if not return_dict:
-            return (prev,)
-        return _schedulers.scheduling_utils.SchedulerOutput(prev)
-
 
 @_register
 class TCDScheduler(_BySigma, diffusers.TCDScheduler):
+    _output = _schedulers.scheduling_tcd.TCDSchedulerOutput
     _keeps = False
 
     def _build(self) -> list[Row]:
@@ -886,14 +830,12 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
         row = self._variant(float(eta))[index]
         draws = eta > 0 and index + 1 < len(self._rows)
         noise = self._normals(row, model_output, generator, None, draws)
-        prev, shown = self._take(index, row, sample, model_output, noise)
-        if not return_dict:
-            return prev, shown
-        return _schedulers.scheduling_tcd.TCDSchedulerOutput(prev, shown)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 @_register
 class EDMEulerScheduler(_BySigma, diffusers.EDMEulerScheduler):
+    _output = _schedulers.scheduling_edm_euler.EDMEulerSchedulerOutput
     _upcasts, _casts, _keeps = True, "output", False
 
     def _build(self) -> list[Row]:
@@ -912,10 +854,7 @@ class EDMEulerScheduler(_BySigma, diffusers.EDMEulerScheduler):
         if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, return_dict, pred_original_sample)  # fmt: skip
-        prev, shown = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
-        if not return_dict:
-            return prev, shown
-        return _schedulers.scheduling_edm_euler.EDMEulerSchedulerOutput(prev, shown)
+        return self._stepped(index, self._rows[index], sample, model_output, NO_NOISE, return_dict)
 
 
 @_register
@@ -966,15 +905,10 @@ class PNDMScheduler(_Fast, diffusers.PNDMScheduler):
             return super().step(model_output, timestep, sample, return_dict)
         if index >= len(self._grid) or t != self._grid[index]:
             raise ValueError(f"timestep: got {t}, expected the timesteps one after the other")
-        (prev, *_) = self._take(index, self._rows[index], sample, model_output, NO_NOISE)
+        row = self._rows[index]
+        result = self._stepped(index, row, sample, model_output, NO_NOISE, return_dict)
         self.counter += 1
-        if not return_dict:
-            return (prev,)
-        return _schedulers.scheduling_utils.SchedulerOutput(prev)
-
-
-def _log(ratio: float) -> float:
-    return math.log(ratio) if ratio > 0.0 else -math.inf
+        return result
 
 
 # ---- conversion ----------------------------------------------------------------------------------

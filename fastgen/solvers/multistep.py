@@ -30,6 +30,11 @@ def by_noise(start: Point, end: Point, factors: list[float], names: list[dict]) 
     return combined(*terms)
 
 
+def log_level(ratio: float) -> float:
+    """log(sigma / alpha), DEIS's variable."""
+    return math.log(ratio) if ratio > 0.0 else -math.inf
+
+
 def lagrange_integrals(
     low: float, high: float, nodes: list[float], of: Callable[[float], float]
 ) -> list[float]:
@@ -105,7 +110,7 @@ def deis(
     last step to sigma = 0 is of first order. order: 1 to 4. The rest as for ``euler``."""
     levels = levels_of(levels, steps, prediction, spacing)
     order = checks.integer("order", order, 1, 5)
-    return _adams(levels, order, clip, "deis", lambda s: math.log(s) if s > 0.0 else -math.inf)
+    return _adams(levels, order, clip, "deis", log_level)
 
 
 def ipndm(
