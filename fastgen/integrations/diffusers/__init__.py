@@ -1,0 +1,95 @@
+"""diffusers' schedulers by their own names, a kernel a step.
+
+    from fastgen.integrations import diffusers as fast
+    pipe.scheduler = fast.convert(pipe.scheduler)             # or fast.convert(pipe)
+    pipe.scheduler = fast.DDIMScheduler.from_config(pipe.scheduler.config)
+
+Each class is a subclass of diffusers' own: configuration, timesteps, sigmas, ``add_noise``, loading
+and saving are diffusers', and a pipeline saved with one records diffusers' class. The arithmetic of
+``step`` alone is replaced, by one row of a plan: float64 on the host from diffusers' float32
+levels, then one kernel. What a row cannot hold (dynamic thresholding, timesteps off the grid, churn
+that is asked for, per-token timesteps) is left to diffusers' own ``step``.
+
+noise: "torch" (the default) draws as diffusers does, from the generator or the global one, so that
+a seed gives the image that it gave before; "fastgen" makes the noise in the kernel, a function of
+(seed, sample, step, element): the seeds are drawn from the generators at a run's first step, and
+with a list of generators an image's noise does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import _CLASSES, diffusers, logger
+from .by_sigma import (
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+)
+from .by_timestep import (
+    DDIMInverseScheduler,
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+)
+from .few_step import FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
+from .multistep import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    IPNDMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+
+def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> Any:
+    """A scheduler's counterpart here with its configuration; or a pipeline, whose scheduler is
+    swapped, itself. noise, compat: as for ``from_config``; what is converted again keeps them. What
+    was done is logged ("fastgen", INFO).
+
+    Raises ValueError for a scheduler that has none, with the names of those that have; TypeError
+    for what is neither.
+    """
+    if not isinstance(x, diffusers.SchedulerMixin):
+        if not hasattr(x, "scheduler"):
+            raise TypeError(f"x: got {type(x).__name__}, expected a scheduler or a pipeline")
+        x.scheduler = convert(x.scheduler, noise=noise, compat=compat)
+        return x
+    name = type(x).__name__
+    if name not in _CLASSES:
+        raise ValueError(f"x: {name} has no counterpart here; these have: {', '.join(_CLASSES)}")
+    noise = getattr(x, "_noise", "torch") if noise is None else noise
+    compat = getattr(x, "_compat", "") if compat is None else compat
+    made = _CLASSES[name].from_config(x.config, noise=noise, compat=compat)
+    logger.info("%s: step is fastgen's, with noise from %s", name, noise)
+    return made
+
+
+__all__ = [
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+    "convert",
+]

@@ -1,0 +1,260 @@
+"""A step of any of the schedulers, as a row of a plan."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import diffusers
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError:
+    raise ImportError("fastgen.integrations.diffusers needs diffusers (0.38 to 0.42)") from None
+
+from ... import backends
+from ...levels import Point
+from ...ops import kernel
+from ...ops.dispatch import is_eager, wants_gradient
+from ...plan import Output, Row
+
+_schedulers = diffusers.schedulers
+logger = logging.getLogger("fastgen")
+NOISES = ("torch", "fastgen")
+NO_NOISE: tuple = ((), None, 0)  # normals, seed, sample ids
+SHOWN = 6  # the slot of what is shown beside the sample: the estimate of x_0
+_KINDS = {"epsilon": "epsilon", "sample": "sample", "original_sample": "sample",
+          "v_prediction": "v", "flow_prediction": "flow"}  # fmt: skip
+_CLASSES: dict[str, Any] = {}
+
+
+def _is_whole(timestep: Any) -> bool:
+    """An index where diffusers wants one of the timesteps themselves."""
+    if isinstance(timestep, Tensor):
+        return timestep.dtype in (torch.int32, torch.int64)
+    return isinstance(timestep, int)
+
+
+def _check(name: str, given: Tensor, sample: Tensor) -> None:
+    if given.shape != sample.shape:
+        raise ValueError(
+            f"{name}: got shape {tuple(given.shape)}, expected the sample's {tuple(sample.shape)}"
+        )
+
+
+def _showing(row: Row, shown: dict[str, float]) -> Row:
+    """The row, with the estimate of x_0 (or what is shown in its place) as its last output."""
+    return Row(
+        (*row.outputs, Output(shown, target=SHOWN)), row.denoised, row.clip, row.logvar,
+        row.model_time, row.input_scale,
+    )  # fmt: skip
+
+
+def _estimate(row: Row, at: Point) -> dict[str, float]:
+    if row.denoised != (0.0, 0.0):
+        return {"denoised": 1.0}
+    return {"x": at.estimate[0], "e": at.estimate[1]}
+
+
+class _Fast:
+    """What all classes share; ``_build`` gives the rows of a run, one a call of ``step``."""
+
+    _noise, _compat = "torch", ""
+    _rows: Any = None  # of the run, a list once its first step is taken
+    _start = 0  # the step where the run began
+    _kept: list[Tensor | None]
+    _seeds: tuple[kernel.Seed, int | Tensor] | None = None
+    config: Any  # diffusers' own
+    timesteps: Tensor
+    sigmas: Tensor
+    alphas_cumprod: Tensor
+    num_inference_steps: int | None
+    step_index: int | None
+    _step_index: int | None
+    _init_step_index: Callable[[Any], None]
+    step: Callable[..., Any]
+    _build: Callable[[], list[Row]]  # the rows of a run from _start on, a call of step each
+    _upcasts = False  # whether diffusers computes in float32 and shows the estimate in it
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, *,
+                    noise: str = "torch", compat: str = "", **kwargs: Any) -> Any:  # fmt: skip
+        """As diffusers'; noise: "torch" or "fastgen"; compat: "diffusers" for its numbers where
+        they are a defect's."""
+        if noise not in NOISES:
+            raise ValueError(f"noise: got {noise!r}, expected 'torch' or 'fastgen'")
+        if compat not in ("", "diffusers"):
+            raise ValueError(f"compat: got {compat!r}, expected 'diffusers' or nothing")
+        inherited: Any = super()
+        made = inherited.from_config(config, return_unused_kwargs, **kwargs)
+        new = made[0] if return_unused_kwargs else made
+        new._noise, new._compat = noise, compat
+        return made
+
+    def __reduce__(self) -> Any:
+        return _revived, (type(self).__name__,), self.__dict__
+
+    def _begin(self, start: int = 0) -> None:
+        """Rows of a run from a step on: the first ones of a multistep method read nothing yet."""
+        if self._rows is None or start != self._start:
+            self._start, self._left = start, self._leaves()
+            self._rows = [] if self._left else self._built()
+        self._kept, self._seeds = [None] * 7, None
+
+    def _built(self) -> list[Row]:
+        """The run's rows; levels that are no ladder down to data are left to diffusers."""
+        sigmas = getattr(self, "sigmas", None)
+        if sigmas is not None and bool(sigmas.isnan().any()):
+            raise ValueError("sigmas: got NaN, expected finite numbers")
+        try:
+            rows = self._build()
+            if self._counts and len(rows) != len(self.timesteps) - self._start:
+                raise ValueError("timesteps that repeat")
+            return rows
+        except ValueError as error:
+            logger.info("%s: step is diffusers' own: %s", type(self).__name__, error)
+            self._left = True
+            return []
+
+    def _leaves(self) -> bool:
+        """Whether this configuration is diffusers' own to step."""
+        return bool(getattr(self.config, "thresholding", False))
+
+    @property
+    def _clips(self) -> float | None:
+        config = self.config
+        clipped = getattr(config, "clip_sample", False)
+        return float(getattr(config, "clip_sample_range", 1.0)) if clipped else None
+
+    @property
+    def _prediction(self) -> str:
+        return _KINDS[self.config.prediction_type]
+
+    def _normals(
+        self, row: Row, output: Tensor, generator: Any, given: Tensor | None, draws: bool,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[tuple[Tensor, ...], kernel.Seed, int | Tensor]:  # fmt: skip
+        """(normals, seed, sample ids) of a step; draws: whether diffusers would."""
+        if given is not None:
+            try:
+                given = given.expand(output.shape)
+            except RuntimeError:
+                _check("variance_noise", given, output)
+            return ((given,) if row.noises else ()), None, 0
+        if self._noise == "fastgen":
+            if not row.noises:
+                return (), None, 0
+            if self._seeds is None:
+                self._seeds = _seeds(generator, output)
+            return (), *self._seeds
+        if not draws:
+            return (), None, 0
+        z = randn_tensor(output.shape, generator=generator, device=output.device,
+                         dtype=dtype or output.dtype)  # fmt: skip
+        return ((z,) if row.noises else ()), None, 0
+
+    def _stepped(
+        self, index: int, row: Row, sample: Tensor, output: Tensor, noise: tuple,
+        return_dict: bool, logvar: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        """What ``step`` returns: a row's results, the sample and what is shown beside it, straight
+        from the CPU's kernel or by way of every check."""
+        normals, seed, ids = noise
+        history = tuple(self._kept[:4]) if self._keeps else ()
+        kind = sample.dtype
+        if kind is not output.dtype:
+            kind = torch.promote_types(kind, output.dtype)
+        casts = self._casts
+        dtypes = [kind if not casts else output.dtype if casts == "output" else sample.dtype]
+        others = row.outputs[1:]
+        if others:
+            wide = torch.float64 if kind is torch.float64 else torch.float32
+            for other in others:
+                dtypes.append(wide if self._upcasts or other.target != SHOWN else kind)
+        results: Sequence[Tensor] = ()
+        if logvar is None and sample.is_cpu and is_eager() and backends._native is not None:
+            if not wants_gradient(sample, output, *normals, *history):
+                own = sample.dtype
+                outs = tuple([
+                    torch.empty_like(sample) if d is own else torch.empty_like(sample, dtype=d)
+                    for d in dtypes
+                ])  # fmt: skip
+                if backends._native.loop_step(
+                    sample, output, None, normals, history, outs, row.packed, 1.0, seed, ids,
+                    index + self._start, kernel.STEP_STREAMS, False, torch.get_num_threads(),
+                ):  # fmt: skip
+                    results = outs
+        if not results:
+            _check("model_output", output, sample)
+            for tensor in normals:
+                _check("noise", tensor, sample)
+            if any(h is not None and h.shape != sample.shape for h in history):
+                raise ValueError(f"sample: got shape {tuple(sample.shape)}, another than the run's")
+            results = kernel.run(
+                sample.shape, row, backend=kernel.choose(None, sample, output, results=dtypes),
+                dtypes=dtypes, device=sample.device, like=sample, x=sample, cond=output,
+                logvar=logvar, history=history, noise=normals, seed=seed, sample_ids=ids,
+                step=index + self._start,
+            )  # fmt: skip
+        if self._keeps:
+            for other, made in zip(others, results[1:], strict=True):
+                if other.target != SHOWN:
+                    self._kept[other.target] = made  # type: ignore[index]
+        if self._counts:
+            self._step_index += 1  # type: ignore[operator]
+        shows = bool(others) and others[-1].target == SHOWN
+        pair = (results[0], results[-1]) if shows else (results[0],)
+        return self._output(*pair) if return_dict else pair
+
+    _output: Any = _schedulers.scheduling_utils.SchedulerOutput
+    _casts = ""  # "output" or "sample": whose dtype diffusers gives its result, else both promoted
+    _keeps = True  # whether rows read former results
+    _counts = True  # whether diffusers counts the steps
+
+
+def _seeds(generator: Any, output: Tensor) -> tuple[kernel.Seed, int | Tensor]:
+    """Seeds for a run: one for each generator, drawn where it lives."""
+    generators = generator if isinstance(generator, list | tuple) else [generator]
+    drawn = [
+        torch.randint(2**63 - 1, (1,), generator=g, device="cpu" if g is None else g.device)
+        for g in generators
+    ]
+    if len(drawn) == 1 and drawn[0].is_cpu:
+        return int(drawn[0]), 0
+    seeds = torch.cat(drawn).to(output.device)
+    if len(drawn) == 1:
+        return (seeds, 0), 0
+    if len(drawn) != output.shape[0]:
+        raise ValueError(f"generator: got {len(drawn)}, expected one for each of "
+                         f"{output.shape[0]} samples")  # fmt: skip
+    return (seeds, 1), torch.zeros_like(seeds)
+
+
+def _revived(name: str) -> Any:
+    return _CLASSES[name].__new__(_CLASSES[name])
+
+
+def _register(cls: Any) -> Any:
+    """The class under diffusers' name, with its signatures."""
+    base: Any = cls.__bases__[-1]
+
+    @functools.wraps(base.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        base.set_timesteps(self, *args, **kwargs)
+        self._rows = None
+
+    cls.set_timesteps = set_timesteps
+    step = cls.step  # a function of this class's own, which a family of classes may share
+    made = types.FunctionType(step.__code__, step.__globals__, step.__name__, step.__defaults__,
+                              step.__closure__)  # fmt: skip
+    cls.step = functools.wraps(base.step)(made)
+    cls.__doc__ = f"diffusers' {base.__name__}, with a kernel a step."
+    cls.__name__ = cls.__qualname__ = base.__name__
+    cls.__module__ = base.__module__  # what a saved pipeline records
+    _CLASSES[cls.__name__] = cls
+    return cls

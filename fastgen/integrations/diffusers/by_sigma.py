@@ -1,0 +1,245 @@
+"""Schedulers of one step on sigmas, and what all those that count their steps share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+from torch import Tensor
+
+from ... import solvers
+from ...levels import NoiseLevels, Point, estimate_of
+from ...plan import Output, Plan, Row
+from ...solvers.euler import down_and_up
+from .base import (
+    NO_NOISE,
+    _estimate,
+    _Fast,
+    _is_whole,
+    _register,
+    _schedulers,
+    _showing,
+)
+
+
+class _BySigma(_Fast):
+    """Rows by diffusers' own count of steps."""
+
+    def _next(self, timestep: Any) -> int:
+        """The index of the step that is taken now, which diffusers counts; -1 where the step is its
+        own."""
+        place = self._step_index
+        if place is None or self._rows is None:
+            if self.num_inference_steps is None:  # for diffusers to serve or to refuse
+                return -1
+            if place is None:
+                self._init_step_index(timestep)
+            place = self._step_index
+            assert place is not None
+            self._begin(place)
+        if self._left:
+            return -1
+        index = place - self._start
+        if index >= len(self._rows):
+            raise IndexError("all steps were taken; run 'set_timesteps' again")
+        return index
+
+    @property
+    def _run(self) -> list[float]:
+        """The sigmas of the run, from where it began."""
+        return self.sigmas[self._start :].tolist()
+
+    def _exploding(self, sigmas: Sequence[float]) -> NoiseLevels:
+        """Levels of x = x_0 + sigma eps, whose network sees x / sqrt(sigma^2 + 1)."""
+
+        def at(sigma: float) -> Point:
+            return Point(1.0, sigma, sigma, 1.0, self._estimate_at(sigma))
+
+        return NoiseLevels(tuple(map(at, sigmas[:-1])), Point(1.0, sigmas[-1]), at)
+
+    def _estimate_at(self, sigma: float) -> tuple[float, float]:
+        """(a_x, a_e) of the estimate of x_0, on the scale of x = x_0 + sigma eps."""
+        return estimate_of(self._prediction, 1.0, sigma)
+
+    def _preserving(self, sigmas: Sequence[float]) -> NoiseLevels:
+        """Levels of x = alpha (x_0 + sigma eps), or of straight paths where those are used."""
+        flow = getattr(self.config, "use_flow_sigmas", False)
+        ratios = [s / (1.0 - s) if flow and s < 1.0 else math.inf if flow else s for s in sigmas]
+
+        def at(ratio: float) -> Point:
+            if flow:
+                sigma = ratio / (1.0 + ratio) if ratio < math.inf else 1.0
+                alpha = 1.0 - sigma
+            else:
+                alpha = 1.0 / math.sqrt(1.0 + ratio * ratio)
+                sigma = alpha * ratio
+            return Point(alpha, sigma, ratio if ratio < math.inf else 0.0, 1.0,
+                         estimate_of(self._prediction, alpha, sigma))  # fmt: skip
+
+        end = at(ratios[-1]) if ratios[-1] > 0.0 else Point(1.0, 0.0)
+        return NoiseLevels(tuple(map(at, ratios[:-1])), end, at)
+
+    def _orders(self) -> list[int]:
+        """Of each step of a multistep method: rising, and falling again at the end of few steps."""
+        config = self.config
+        orders = [min(config.solver_order, i + 1) for i in range(len(self.timesteps) - self._start)]
+        if config.lower_order_final and len(self.timesteps) < 15:
+            orders[-2:] = [min(order, 2) for order in orders[-2:]]
+            orders[-1] = 1
+        return orders
+
+    def _eulers(self, solver: Callable[[NoiseLevels], Plan]) -> list[Row]:
+        """A solver of one call a step. Where the run ends on its last level, as with
+        final_sigmas_type="sigma_min", the last step goes nowhere."""
+        sigmas = self._run
+        stays = sigmas[-1] == sigmas[-2]
+        rows: list[Row] = []
+        if not stays or len(sigmas) > 2:
+            levels = self._exploding(sigmas[:-1] if stays else sigmas)
+            rows = self._shown(solver(levels), levels.points)
+        if stays:
+            estimate = self._estimate_at(sigmas[-1])
+            row = Row((Output({"x": 1.0}),), model_time=sigmas[-1])
+            rows.append(_showing(row, {"x": estimate[0], "e": estimate[1]}))
+        return rows
+
+    def _shown(self, plan: Plan, points: Sequence[Point]) -> list[Row]:
+        return [_showing(row, _estimate(row, at))
+                for row, at in zip(plan.rows, points, strict=True)]  # fmt: skip
+
+
+class _Plain(_BySigma):
+    """The step of those that draw nothing and take no option."""
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, return_dict)
+        return self._stepped(index, self._rows[index], sample, model_output, NO_NOISE, return_dict)
+
+
+@_register
+class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
+    _output = _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
+    _upcasts, _casts, _keeps = True, "output", False
+
+    def _build(self) -> list[Row]:
+        return self._eulers(solvers.euler)
+
+    def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
+             s_noise=1.0, generator=None, return_dict=True):  # fmt: skip
+        index = -1
+        if s_churn == 0.0 and not _is_whole(timestep) and self.is_scale_input_called:
+            index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
+                                generator, return_dict)  # fmt: skip
+        row = self._rows[index]
+        return self._stepped(index, row, sample, model_output, NO_NOISE, return_dict)
+
+
+@_register
+class EulerAncestralDiscreteScheduler(_BySigma, diffusers.EulerAncestralDiscreteScheduler):
+    _output = _schedulers.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
+    _upcasts, _casts, _keeps = True, "output", False
+
+    def _leaves(self) -> bool:
+        return self._prediction == "sample"
+
+    def _build(self) -> list[Row]:
+        return self._eulers(solvers.euler_ancestral)
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        index = -1
+        if not _is_whole(timestep) and self.is_scale_input_called:
+            index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        row = self._rows[index]
+        noise = self._normals(row, model_output, generator, None, True)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
+
+
+@_register
+class EDMEulerScheduler(_BySigma, diffusers.EDMEulerScheduler):
+    _output = _schedulers.scheduling_edm_euler.EDMEulerSchedulerOutput
+    _upcasts, _casts, _keeps = True, "output", False
+
+    def _build(self) -> list[Row]:
+        return self._eulers(solvers.euler)
+
+    def _estimate_at(self, sigma: float) -> tuple[float, float]:
+        of_x, of_e = estimate_of("edm", 1.0, sigma, self.config.sigma_data)
+        return of_x, of_e if self._prediction == "epsilon" else -of_e
+
+    def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
+             s_noise=1.0, generator=None, return_dict=True, pred_original_sample=None):  # fmt: skip
+        index = -1
+        plain = s_churn == 0.0 and pred_original_sample is None and not _is_whole(timestep)
+        if plain and self.is_scale_input_called:
+            index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
+                                generator, return_dict, pred_original_sample)  # fmt: skip
+        return self._stepped(index, self._rows[index], sample, model_output, NO_NOISE, return_dict)
+
+
+@_register
+class HeunDiscreteScheduler(_Plain, diffusers.HeunDiscreteScheduler):
+    _output = _schedulers.scheduling_heun_discrete.HeunDiscreteSchedulerOutput
+
+    def _build(self) -> list[Row]:
+        sigmas = self._run
+        levels = self._exploding([sigmas[0], *sigmas[1:-1:2], sigmas[-1]])
+        plan = solvers.heun(levels, clip=self._clips)
+        points = [p for i, p in enumerate(levels.points) for _ in range(2 if i else 1)]
+        return self._shown(plan, points)
+
+
+class _Kdpm2(_BySigma):
+    """Levels twice in diffusers' list, since each step calls the network twice. ``sample``, once a
+    first call is done, tells its ``scale_model_input`` which of the two it is."""
+
+    _eta = 0.0
+
+    def _leaves(self) -> bool:
+        return self._prediction == "sample"
+
+    def _stepped(self, index: int, row: Row, sample: Tensor, *others: Any) -> Any:
+        result = super()._stepped(index, row, sample, *others)
+        self.sample = sample if index % 2 == 0 else None
+        return result
+
+    def _build(self) -> list[Row]:
+        sigmas = self._run
+        levels = self._exploding([sigmas[0], *[s for s in sigmas[1::2] if s > 0.0], 0.0])
+        points = []
+        for at, end in levels.pairs:
+            down, _ = down_and_up(at, end, self._eta)
+            points.append(at)
+            if down.sigma > 0.0:
+                points.append(levels.at(math.sqrt(at.ratio * down.ratio)))
+        return self._shown(solvers.dpm2(levels, eta=self._eta), points)
+
+
+@_register
+class KDPM2DiscreteScheduler(_Kdpm2, _Plain, diffusers.KDPM2DiscreteScheduler):
+    _output = _schedulers.scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput
+
+
+@_register
+class KDPM2AncestralDiscreteScheduler(_Kdpm2, diffusers.KDPM2AncestralDiscreteScheduler):
+    _output = (
+        _schedulers.scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput
+    )
+    _eta = 1.0
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        row = self._rows[index]
+        noise = self._normals(row, model_output, generator, None, index % 2 == 1)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)

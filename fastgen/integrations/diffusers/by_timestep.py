@@ -1,0 +1,160 @@
+"""Schedulers whose rows are found by timestep: DDPM, DDIM and their like."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import diffusers
+
+from ...levels import Point, estimate_of
+from ...plan import Row
+from ...solvers.ddim import ddim_row
+from ...solvers.ddpm import ddpm_row
+from .base import (
+    NO_NOISE,
+    _estimate,
+    _Fast,
+    _register,
+    _schedulers,
+    _showing,
+)
+
+
+class _ByTimestep(_Fast):
+    """Rows by timestep: these schedulers keep no count of their steps."""
+
+    _keeps = _counts = _strays = False
+    _places: dict[int, int]
+
+    def _row_at(self, timestep: Any) -> int | None:
+        """The row's index; None for a timestep that is not on the grid."""
+        if self._rows is None:
+            self._begin()
+            self._places = {int(t): i for i, t in enumerate(self.timesteps.tolist())}
+        index = None if self._left else self._places.get(int(timestep))
+        if index == 0:
+            self._seeds = None  # another run
+        return index
+
+    def _point(self, alpha_bar: float) -> Point:
+        alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
+        return Point(alpha, sigma, 0.0, 1.0, estimate_of(self._prediction, alpha, sigma))
+
+    def _levels(self) -> list[tuple[int, float, float]]:
+        """(t, alpha_bar at t, alpha_bar at the next one) on the scheduler's own grid."""
+        table, grid = self.alphas_cumprod, self.timesteps.tolist()
+        final = getattr(self, "final_alpha_cumprod", None)
+        last = 1.0 if final is None else float(final)
+        levels = [float(table[t]) for t in grid]
+        following = [*levels[1:], last]
+        if (
+            self._strays and self._compat
+        ):  # t - T // N, which leaves the grid where N does not divide T
+            ratio = self.config.num_train_timesteps // self.num_inference_steps
+            following = [float(table[t - ratio]) if t >= ratio else last for t in grid]
+        return list(zip(grid, levels, following, strict=True))
+
+
+class _Ddim(_ByTimestep):
+    _strays = True  # off the grid, in diffusers
+
+    def _build(self) -> list[Row]:
+        self._variants: dict[tuple, list[Row]] = {}
+        return self._variant(0.0, False)
+
+    def _variant(self, eta: float, again: bool) -> list[Row]:
+        rows = self._variants.get((eta, again))
+        if rows is None:
+            rows = []
+            for t, a_t, a_s in self._levels():
+                noisy = eta if a_t < a_s else 0.0
+                row = ddim_row(a_t, a_s, self._prediction, self._clips, noisy, again, float(t))
+                rows.append(_showing(row, _estimate(row, self._point(a_t))))
+            self._variants[eta, again] = rows
+        return rows
+
+    def step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False,
+             generator=None, variance_noise=None, return_dict=True):  # fmt: skip
+        index = None if self.num_inference_steps is None else self._row_at(timestep)
+        if index is None or (variance_noise is not None and generator is not None):
+            return super().step(model_output, timestep, sample, eta, use_clipped_model_output,
+                                generator, variance_noise, return_dict)  # fmt: skip
+        row = self._variant(float(eta), bool(use_clipped_model_output))[index]
+        noise = self._normals(row, model_output, generator, variance_noise, eta > 0)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
+
+
+@_register
+class DDIMScheduler(_Ddim, diffusers.DDIMScheduler):
+    _output = _schedulers.scheduling_ddim.DDIMSchedulerOutput
+
+
+@_register
+class DDIMParallelScheduler(_Ddim, diffusers.DDIMParallelScheduler):
+    _output = _schedulers.scheduling_ddim_parallel.DDIMParallelSchedulerOutput
+
+
+@_register
+class DDIMInverseScheduler(_ByTimestep, diffusers.DDIMInverseScheduler):
+    _output = _schedulers.scheduling_ddim_inverse.DDIMSchedulerOutput
+
+    def _build(self) -> list[Row]:
+        rows, table = [], self.alphas_cumprod
+        ratio = self.config.num_train_timesteps // (self.num_inference_steps or 1)
+        for t in self.timesteps.tolist():
+            before = min(t - ratio, self.config.num_train_timesteps - 1)
+            a_t = float(table[before] if before >= 0 else self.initial_alpha_cumprod)
+            row = ddim_row(a_t, float(table[t]), self._prediction, self._clips)
+            rows.append(_showing(row, _estimate(row, self._point(a_t))))
+        return rows
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        index = None if self.num_inference_steps is None else self._row_at(timestep)
+        if index is None:
+            return super().step(model_output, timestep, sample, return_dict)
+        return self._stepped(index, self._rows[index], sample, model_output, NO_NOISE, return_dict)
+
+
+class _Ddpm(_ByTimestep):
+    def _leaves(self) -> bool:
+        return super()._leaves() or self.config.variance_type == "learned"
+
+    def _build(self) -> list[Row]:
+        rows, kind = [], self.config.variance_type
+        self._learned = kind == "learned_range"
+        name = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large",
+                "learned_range": "learned"}.get(kind, kind)  # fmt: skip
+        for t, a_t, a_s in self._levels():
+            row = ddpm_row(a_t, a_s, self._prediction, self._clips, name, float(t))
+            if kind == "learned_range" and row.noises:
+                beta = 1.0 - a_t / a_s
+                low = math.log(max(beta * (1.0 - a_s) / (1.0 - a_t), 1e-20))
+                high = math.log(beta)
+                row = Row(row.outputs, row.denoised, row.clip, (0.5 * (high - low),
+                          0.5 * (high + low)), row.model_time)  # fmt: skip
+            rows.append(_showing(row, _estimate(row, self._point(a_t))))
+        return rows
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        index = self._row_at(timestep)
+        if index is None:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        row, logvar = self._rows[index], None
+        if self._learned:
+            if model_output.shape[1] != 2 * sample.shape[1]:
+                return super().step(model_output, timestep, sample, generator, return_dict)
+            model_output, logvar = model_output.split(sample.shape[1], dim=1)
+            logvar = logvar if row.noises else None
+        noise = self._normals(row, model_output, generator, None, int(timestep) > 0)
+        return self._stepped(index, row, sample, model_output, noise, return_dict, logvar)
+
+
+@_register
+class DDPMScheduler(_Ddpm, diffusers.DDPMScheduler):
+    _output = _schedulers.scheduling_ddpm.DDPMSchedulerOutput
+
+
+@_register
+class DDPMParallelScheduler(_Ddpm, diffusers.DDPMParallelScheduler):
+    _output = _schedulers.scheduling_ddpm_parallel.DDPMParallelSchedulerOutput
