@@ -251,6 +251,10 @@ def test_dtypes_that_differ_come_out_as_there(name, kinds):
     assert found[0] == found[1]
 
 
+def test_what_is_exported_is_what_convert_knows():
+    assert set(fast.__all__) == {"convert", *fast._CLASSES}
+
+
 def test_converting_again_keeps_what_was_asked_for():
     once = fast.convert(diffusers.DDIMScheduler(), noise="fastgen", compat="diffusers")
     again = fast.convert(once)
