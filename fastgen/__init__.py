@@ -13,7 +13,7 @@ from .ops.guidance import cfg_combine, combine
 from .ops.noise import philox4x32, randn
 from .ops.reparameterize import gaussian_kl, gaussian_kl_monte_carlo, reparameterize
 from .ops.step import ddim_step, ddpm_step, step
-from .plan import Output, Plan, Row, stack_rows
+from .plan import Output, Plan, Row, Threshold, stack_rows
 from .sampling import sample
 from .schedules import NoiseSchedule
 
@@ -29,6 +29,7 @@ __all__ = [
     "Output",
     "Plan",
     "Row",
+    "Threshold",
     "add_noise",
     "cfg_combine",
     "combine",

@@ -241,6 +241,8 @@ class Loop:
             return False
         row = self._rows[self.index]
         halves = self._guided and uncond is None
+        if row.threshold:
+            return False
         if not halves and uncond is None and ("u" in row.reads or not is_one(self._guidance)):
             return False
         drawn = row.noises > len(normals)

@@ -24,6 +24,40 @@ _WEIGHTS, _NOISE = 8, 8 + MAX_OUTPUTS * len(INPUTS)
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """Dynamic thresholding, in place of a clip's fixed bounds: Saharia et al. (2022), section 2.3.
+
+        s = the quantile of |d| over each sample, between 1 and maximum;  d = clip(d, -s, s) / s
+
+    quantile: in [0, 1], between two of the sample's numbers by linear interpolation. maximum: at
+    least 1, where s = 1 and so this is a clip to [-1, 1].
+
+    Raises TypeError or ValueError for other numbers.
+    """
+
+    quantile: float = 0.995
+    maximum: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= checks.number("quantile", self.quantile) <= 1.0:
+            raise ValueError(f"quantile: got {self.quantile}, expected a number in [0, 1]")
+        if self.maximum != math.inf and checks.number("maximum", self.maximum) < 1.0:
+            raise ValueError(f"maximum: got {self.maximum}, expected at least 1")
+
+
+Clip = float | tuple[float, float] | Threshold | None
+
+
+def clip_bounds(clip: Clip) -> tuple[float, float] | Threshold | None:
+    """A clip as a Row has it. Raises TypeError or ValueError for what is none."""
+    if clip is None:
+        return None
+    if isinstance(clip, Threshold):
+        return clip if clip.maximum > 1.0 else (-1.0, 1.0)
+    return checks.interval("clip", clip)
+
+
+@dataclass(frozen=True)
 class Output:
     """One output of a step: ``sum weights[name] * name + sum noise[m] * z_m``.
 
@@ -73,13 +107,14 @@ class Row:
         d   = clip(denoised[0] x + denoised[1] e)
         y_j = outputs[j], a linear combination of x, e, u, d, known, history and normals
 
-    outputs: the first is the next sample. denoised: (a_x, a_e). clip: (low, high) or None.
+    outputs: the first is the next sample. denoised: (a_x, a_e). clip: (low, high), a Threshold or
+    None.
     logvar: (b, b_0): z_0 is multiplied by exp((b logvar + b_0) / 2) where a step is given a
     log-variance. model_time: what the network is told. input_scale: c_in, what x is multiplied by
     before the network sees it.
 
     Derived: floats, the row as the kernels read it, (72,) float32 laid out as csrc/params.h has it,
-    and packed, its bytes; noises, how many normals an element takes (0: deterministic); reads, the
+    and packed, its bytes (which know of no Threshold); threshold, the clip where it is one; noises, how many normals an element takes (0: deterministic); reads, the
     inputs whose weight is not zero, with what the denoised sample is made from.
 
     A number beneath float32's smallest normal one, 2^-126, is zero. Raises ValueError or TypeError
@@ -88,7 +123,7 @@ class Row:
 
     outputs: tuple[Output, ...]
     denoised: tuple[float, float] = (0.0, 0.0)
-    clip: float | tuple[float, float] | None = None
+    clip: Clip = None
     logvar: tuple[float, float] = (1.0, 0.0)
     model_time: float = 0.0
     input_scale: float = 1.0
@@ -96,6 +131,7 @@ class Row:
     packed: bytes = field(init=False, repr=False, compare=False)
     noises: int = field(init=False, repr=False, compare=False)
     reads: frozenset[str] = field(init=False, repr=False, compare=False)
+    threshold: Threshold | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.outputs, Sequence):
@@ -105,8 +141,7 @@ class Row:
             raise TypeError(f"outputs: got {self.outputs}, expected Outputs")
         if not 1 <= len(self.outputs) <= MAX_OUTPUTS:
             raise ValueError(f"outputs: got {len(self.outputs)}, expected 1 to {MAX_OUTPUTS}")
-        if self.clip is not None:
-            object.__setattr__(self, "clip", checks.interval("clip", self.clip))
+        object.__setattr__(self, "clip", clip_bounds(self.clip))
         for name in ("denoised", "logvar"):
             pair = getattr(self, name)
             if not isinstance(pair, Sequence) or len(pair) != 2:
@@ -117,7 +152,12 @@ class Row:
             checks.number(name, getattr(self, name))
         filled = self._fill()
         floats = np.zeros(ROW_FLOATS, dtype=np.float32)
-        floats[2:4] = self.clip or (-math.inf, math.inf)
+        threshold = self.clip if isinstance(self.clip, Threshold) else None
+        if threshold:
+            floats[2:4] = -math.inf, math.inf
+            floats[6:8] = threshold.quantile, threshold.maximum
+        else:
+            floats[2:4] = self.clip or (-math.inf, math.inf)
         floats[list(filled)] = list(filled.values())
         floats.flags.writeable = False
         reads = {INPUTS[(c - _WEIGHTS) % len(INPUTS)] for c in filled if _WEIGHTS <= c < _NOISE}
@@ -128,6 +168,7 @@ class Row:
         object.__setattr__(self, "packed", floats.tobytes())
         object.__setattr__(self, "noises", noises)
         object.__setattr__(self, "reads", frozenset(reads))
+        object.__setattr__(self, "threshold", threshold)
 
     def __reduce__(self):  # without the cached arrays, which would come back writeable
         return Row, tuple(getattr(self, f.name) for f in fields(self) if f.init)
@@ -229,8 +270,10 @@ class Plan:
         return numbers.hexdigest()[:16]
 
     def table(self, device: torch.device | str | None = None) -> Tensor:
-        """(steps, 72) float32: all coefficients, for a step whose row is chosen on the device."""
-        return torch.tensor(np.stack([row.floats for row in self.rows]), device=device)
+        """(steps, 72) float32: all coefficients, for a step whose row is chosen on the device.
+
+        Raises ValueError where a row has a Threshold, which makes its numbers anew each time."""
+        return stack_rows(self.rows, device)
 
     def times(self, device: torch.device | str | None = None) -> Tensor:
         """(steps,) what the network is told: int64 timesteps or float32 noise levels."""
@@ -241,10 +284,12 @@ class Plan:
 def stack_rows(rows: Sequence[Row], device: torch.device | str | None = None) -> Tensor:
     """(B, 72) float32: a row per sample, for ``fastgen.step``.
 
-    Raises TypeError or ValueError for what is no sequence of at least one Row.
+    Raises TypeError or ValueError for what is no sequence of at least one Row, or has a Threshold.
     """
     if not isinstance(rows, Sequence) or not all(isinstance(row, Row) for row in rows):
         raise TypeError(f"rows: got {rows}, expected a sequence of Rows")
     if not rows:
         raise ValueError("rows: got none, expected one a sample")
+    if any(row.threshold for row in rows):
+        raise ValueError("rows: got one with a Threshold, which is no row of fixed numbers")
     return torch.tensor(np.stack([row.floats for row in rows]), device=device)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..plan import MAX_NOISES, MAX_OUTPUTS, Row
+from ..cache import cached_constant
+from ..plan import MAX_NOISES, MAX_OUTPUTS, Output, Row
 from ..reference.arithmetic import per_sample_rows
 from ..reference.noise import key_tensors, normal
 from ..reference.step import step as reference_step
 from ..reference.step_gradients import step_gradients
+from ..reference.threshold import thresholded
 from .dispatch import LIBRARY, is_eager, is_plain, wants_gradient
 from .recorded import as_of, attach
 
@@ -90,7 +92,7 @@ def quick(
     (x, cond, uncond, known, logvar, history ...) and runs; None where anything is out of the
     ordinary, for the general path to serve or to refuse with a reason.
     """
-    if type(guidance) is not float or not is_quick(seed, step, out):
+    if type(guidance) is not float or row.threshold is not None or not is_quick(seed, step, out):
         return None
     grad = torch.is_grad_enabled()
     step = 0 if seed is None else step
@@ -141,6 +143,13 @@ def run(
     or, with ``row_index`` (int64, one element), a table from which that row is taken; the index is
     also added to the noise's ``step``.
     """
+    if isinstance(row, Row) and row.threshold is not None:
+        estimate = run(
+            shape, _estimate(*row.denoised), backend=backend,
+            dtypes=(torch.float64 if torch.float64 in dtypes else torch.float32,), device=device,
+            x=x, cond=cond, uncond=uncond, guidance=guidance, output_scale=output_scale,
+        )[0]  # fmt: skip
+        row = thresholded(_row_tensor(row, device), estimate, row.threshold)
     if len(shape) > MAX_KERNEL_DIMS and backend != "reference":
 
         def flat(tensor: Tensor | None) -> Tensor | None:
@@ -244,6 +253,12 @@ def _allocate(
         return [backends.empty_like(like, dtype) for dtype in dtypes]
     made = [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
     return [backends.on_huge_pages(tensor) for tensor in made]
+
+
+@cached_constant
+def _estimate(of_x: float, of_e: float) -> Row:
+    """What a row with these numbers makes of x and e, before its clip."""
+    return Row((Output({"denoised": 1.0}),), (of_x, of_e))
 
 
 def _row_tensor(row: Row, device: torch.device) -> Tensor:

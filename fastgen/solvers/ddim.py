@@ -6,9 +6,8 @@ import math
 
 from .. import checks
 from ..cache import cached_constant
-from ..plan import Output, Plan, Row
+from ..plan import Clip, Output, Plan, Row, clip_bounds
 from ..schedules import NoiseSchedule
-from .ddpm import Clip
 from .prediction import denoised, epsilon, folded
 
 
@@ -26,7 +25,7 @@ def ddim_row(
     a_t = checks.alpha_bar("alpha_bar", alpha_bar)
     a_s = checks.alpha_bar("alpha_bar_prev", alpha_bar_prev)
     eta = checks.number("eta", eta)
-    bounds = None if clip is None else checks.interval("clip", clip)
+    bounds = clip_bounds(clip)
     estimate = denoised(prediction, a_t)
     noise = direction = 0.0
     if a_s < 1.0:

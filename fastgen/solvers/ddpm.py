@@ -6,12 +6,11 @@ import math
 
 from .. import checks
 from ..cache import cached_constant
-from ..plan import Output, Plan, Row
+from ..plan import Clip, Output, Plan, Row, clip_bounds
 from ..schedules import NoiseSchedule
 from .prediction import denoised, folded
 
 VARIANCES = ("fixed_small", "fixed_large", "learned")
-Clip = float | tuple[float, float] | None
 
 
 @cached_constant
@@ -33,7 +32,7 @@ def ddpm_row(
     if a_s < a_t:
         raise ValueError(f"alpha_bar_prev: got {a_s}, expected at least alpha_bar ({a_t})")
     checks.one_of("variance", variance, VARIANCES)
-    bounds = None if clip is None else checks.interval("clip", clip)
+    bounds = clip_bounds(clip)
     estimate = denoised(prediction, a_t)
     if a_s == a_t:  # no time passes
         beta, of_x, of_denoised, posterior = 0.0, 1.0, 0.0, 0.0

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 from .. import checks
 from ..levels import NoiseLevels, Point
-from ..plan import Output, Plan, Row
+from ..plan import Clip, Output, Plan, Row, clip_bounds
 from ..schedules import NoiseSchedule
 from .prediction import folded
 
 Weights = Mapping[str, float]
-Clip = float | tuple[float, float] | None
 
 
 def levels_of(
@@ -53,7 +52,7 @@ class Rows:
     def __init__(self, levels: NoiseLevels, clip: Clip) -> None:
         self.levels = levels
         self.rows: list[Row] = []
-        self.clip = None if clip is None else checks.interval("clip", clip)
+        self.clip = clip_bounds(clip)
 
     def add(
         self,
