@@ -19,20 +19,21 @@ from fastgen.integrations import diffusers as fast  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers', of NumPy's
 SHAPE = (2, 3, 8, 8)
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+DYNAMIC = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
 LAST = {"final_sigmas_type": "sigma_min"}
 CONFIGS = {
     "DDIMScheduler": [
         {}, {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False},
         {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
         {"prediction_type": "sample", "timestep_spacing": "trailing"},
-        {"thresholding": True},
+        {"thresholding": True}, DYNAMIC,
     ],
     "DDPMScheduler": [
         {}, {"variance_type": "fixed_large"},
         {"variance_type": "fixed_small_log", "clip_sample": False},
         {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
         {"beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 2.0},
-        {"thresholding": True},
+        {"thresholding": True}, DYNAMIC,
     ],
     "EulerDiscreteScheduler": [
         {}, {"timestep_spacing": "leading", "steps_offset": 1}, {"use_karras_sigmas": True}, LAST,
@@ -51,14 +52,16 @@ CONFIGS = {
         {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
         {"algorithm_type": "dpmsolver", **LAST}, {"algorithm_type": "sde-dpmsolver", **LAST},
         {"algorithm_type": "dpmsolver", "solver_order": 3, **LAST},
+        {"algorithm_type": "dpmsolver", **LAST, **DYNAMIC},
         {"use_karras_sigmas": True, "euler_at_final": True}, FLOW,
         {"prediction_type": "v_prediction", "lower_order_final": False},
-        {"thresholding": True},
+        {"thresholding": True}, DYNAMIC,
     ],
     "UniPCMultistepScheduler": [
         {}, {"solver_order": 3}, {"solver_order": 1}, {"solver_type": "bh1", **LAST},
         {"predict_x0": False, **LAST}, {"solver_order": 3, "disable_corrector": [0, 2]}, FLOW,
         {"prediction_type": "v_prediction", "lower_order_final": False}, {"thresholding": True},
+        DYNAMIC,
     ],
     "LMSDiscreteScheduler": [
         {}, {"prediction_type": "v_prediction"}, {"use_karras_sigmas": True},
@@ -66,7 +69,7 @@ CONFIGS = {
     "KDPM2DiscreteScheduler": [{}, {"prediction_type": "v_prediction"}],
     "KDPM2AncestralDiscreteScheduler": [{}, {"timestep_spacing": "trailing"}],
     "DEISMultistepScheduler": [
-        {}, {"solver_order": 3}, {"solver_order": 1}, {"thresholding": True},
+        {}, {"solver_order": 3}, {"solver_order": 1}, {"thresholding": True}, DYNAMIC,
     ],
     "IPNDMScheduler": [{}],
     "PNDMScheduler": [
@@ -78,7 +81,7 @@ CONFIGS = {
     "DDIMParallelScheduler": [{}],
     "DDPMParallelScheduler": [{}],
     "DDIMInverseScheduler": [{}, {"prediction_type": "v_prediction", "clip_sample": False}],
-    "LCMScheduler": [{}, {"prediction_type": "v_prediction"}, {"clip_sample": True}],
+    "LCMScheduler": [{}, {"prediction_type": "v_prediction"}, {"clip_sample": True}, DYNAMIC],
     "FlowMatchEulerDiscreteScheduler": [{}, {"shift": 3.0}, {"stochastic_sampling": True}],
 }  # fmt: skip
 CASES = [(name, config) for name, configs in CONFIGS.items() for config in configs]

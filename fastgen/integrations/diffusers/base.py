@@ -21,7 +21,7 @@ from ... import backends
 from ...levels import Point
 from ...ops import kernel
 from ...ops.dispatch import is_eager, wants_gradient
-from ...plan import Output, Row
+from ...plan import Clip, Output, Row, Threshold
 
 _schedulers = diffusers.schedulers
 logger = logging.getLogger("fastgen")
@@ -123,11 +123,14 @@ class _Fast:
 
     def _leaves(self) -> bool:
         """Whether this configuration is diffusers' own to step."""
-        return bool(getattr(self.config, "thresholding", False))
+        config = self.config
+        return getattr(config, "thresholding", False) and config.sample_max_value < 1.0
 
     @property
-    def _clips(self) -> float | None:
+    def _clips(self) -> Clip:
         config = self.config
+        if getattr(config, "thresholding", False):
+            return Threshold(config.dynamic_thresholding_ratio, config.sample_max_value)
         clipped = getattr(config, "clip_sample", False)
         return float(getattr(config, "clip_sample_range", 1.0)) if clipped else None
 
@@ -177,7 +180,7 @@ class _Fast:
             for other in others:
                 dtypes.append(wide if self._upcasts or other.target != SHOWN else kind)
         results: Sequence[Tensor] = ()
-        if logvar is None and sample.is_cpu and is_eager() and backends._native is not None:
+        if logvar is None and row.threshold is None and sample.is_cpu and is_eager() and backends._native is not None:
             if not wants_gradient(sample, output, *normals, *history):
                 own = sample.dtype
                 outs = tuple([

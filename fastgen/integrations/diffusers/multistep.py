@@ -58,7 +58,7 @@ class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepSchedule
         if config.euler_at_final or config.final_sigmas_type == "zero":
             orders[-1] = 1
         return list(_multistep(
-            self._preserving(self._run), None, "dpm", order=config.solver_order,
+            self._preserving(self._run), self._clips, "dpm", order=config.solver_order,
             noise=not config.algorithm_type.endswith("++"), kind=config.solver_type,
             eta=float(self._sde), orders=orders, published=True,
         ).rows)  # fmt: skip
@@ -89,7 +89,7 @@ class UniPCMultistepScheduler(_Plain, diffusers.UniPCMultistepScheduler):
             self._preserving(self._run), order=config.solver_order,
             variant=config.solver_type, data=config.predict_x0,
             without_corrector=tuple(i + 1 - self._start for i in self.disable_corrector),
-            lower_order_final=config.lower_order_final,
+            lower_order_final=config.lower_order_final, clip=self._clips,
         ).rows)  # fmt: skip
 
 
@@ -97,7 +97,7 @@ class UniPCMultistepScheduler(_Plain, diffusers.UniPCMultistepScheduler):
 class DEISMultistepScheduler(_Plain, diffusers.DEISMultistepScheduler):
     def _build(self) -> list[Row]:
         levels, order = self._preserving(self._run), self.config.solver_order
-        return list(_adams(levels, order, None, "deis", log_level, self._orders()).rows)
+        return list(_adams(levels, order, self._clips, "deis", log_level, self._orders()).rows)
 
     def _leaves(self) -> bool:
         return super()._leaves() or self.config.algorithm_type != "deis"
