@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,15 @@ class NoiseLevels:
 
     def __len__(self) -> int:
         return len(self.points)
+
+    def __getitem__(self, steps: slice) -> NoiseLevels:
+        """The levels of a part of the run: ``levels[k:]`` is what is left of it behind k steps."""
+        if not isinstance(steps, slice) or steps.step not in (None, 1):
+            raise TypeError(f"levels: got [{steps}], expected a slice without a step; see .points")
+        first, last, _ = steps.indices(len(self))
+        end = self.end if last == len(self) else self.points[last]
+        scale = self.points[first].sigma if 0 < first < last else self.initial_scale
+        return replace(self, points=self.points[first:last], end=end, initial_scale=scale)
 
     def next(self, i: int) -> Point | None:
         """The point behind the i-th where the network is called, or None."""

@@ -28,7 +28,8 @@ class Loop:
     (a network that writes into its input would). seed, sample_ids: of the step noise; needed where
     the plan draws any, unless every step is given its ``noise``. guidance_scale: g, a float or one
     per sample, for steps that are given ``uncond``. guided: whether the network is called once with
-    [uncond, cond], so that ``model_input`` and ``time`` have 2 B rows.
+    [uncond, cond], so that ``model_input`` and ``time`` have 2 B rows. start: the row to begin
+    with, whose sample x is; its noise is that of a run that came there.
 
     Two buffers hold the sample turn and turn about, and nothing is allocated from step to step: a
     sample is overwritten two steps later, so clone what you keep of ``x``.
@@ -50,12 +51,19 @@ class Loop:
         sample_ids: Sequence[int] | Tensor | None = None,
         guidance_scale: float | Sequence[float] | Tensor = 1.0,
         guided: bool = False,
+        start: int = 0,
         backend: str | None = None,
     ) -> None:
         checks.instance("plan", plan, Plan)
         checks.tensor("x", x)
         if any("known" in row.reads for row in plan.rows):
             raise ValueError("plan: a row reads 'known', which a Loop does not carry: fastgen.step")
+        start = checks.integer("start", start, 0, len(plan))
+        if start and _lacking(plan, start, set()):
+            raise ValueError(
+                f"start: got {start}, but {plan.solver or 'the plan'} reads what former rows keep; "
+                "plan what is left, as in solver(levels[start:]), or load a state"
+            )
         self.plan, self._x, self.index = plan, x.detach(), 0
         self._history: list[Tensor | None] = [None] * plan.history
         self._batch, self._guided = x.shape[0], guided
@@ -96,6 +104,7 @@ class Loop:
         times = plan.times(x.device).unsqueeze(1).expand(-1, copies * self._batch)
         self._times = times.unbind()
         self._made_input = _empty(x, shape) if any(self._makes) else None
+        self._move(start, x)
         self._input = self._input_anew()
 
     def __repr__(self) -> str:
@@ -177,23 +186,27 @@ class Loop:
             if kept is not None:
                 checks.like(f"state['history'][{slot}]", kept, "x", self._x)
         there = {f"h{slot}" for slot, kept in enumerate(history) if kept is not None}
-        for row in self.plan.rows[index:]:
-            lacking = {name for name in row.reads if name[0] == "h"} - there
-            if lacking:
-                raise ValueError(f"state['history']: lacks slot {min(lacking)[1]}, which is read")
-            there |= {f"h{output.target}" for output in row.outputs}
-        self.index = index
+        lacking = _lacking(self.plan, index, there)
+        if lacking:
+            raise ValueError(f"state['history']: lacks slot {lacking[1]}, which is read")
         self._history = [None if h is None else h.to(self._history_dtype, copy=True)
                         for h in history]  # fmt: skip
         if 0 < index < len(self.plan):
-            self._x = self._buffers[(index - 1) % 2][: self._batch]
-            self._x.copy_(x)
+            self._move(index, x)
         else:
-            self._x = x.to(self._x.dtype, copy=True)
+            self.index, self._x = index, x.to(self._x.dtype, copy=True)
         if self.done:
             return
         made = state["input"]
         self._input = self._input_anew(None if made is None else made.to(self._x.dtype, copy=True))
+
+    @torch.no_grad()
+    def _move(self, index: int, x: Tensor) -> None:
+        """To a row, with its sample copied to where the row before would have written it."""
+        self.index = index
+        if index > 0:
+            self._x = self._buffers[(index - 1) % 2][: self._batch]
+            self._x.copy_(x)
 
     @property
     def model_input(self) -> Tensor:
@@ -355,6 +368,17 @@ class Loop:
         backend = kernel.choose(self._backend, x)
         return kernel.run(x.shape, row, backend=backend, dtypes=(x.dtype,), device=x.device,
                           like=x, x=x)[0]  # fmt: skip
+
+
+def _lacking(plan: Plan, start: int, there: set[str]) -> str | None:
+    """The first history slot, as in "h0", that a row from start on reads and none there writes."""
+    written = set(there)
+    for row in plan.rows[start:]:
+        lacking = {name for name in row.reads if name[0] == "h"} - written
+        if lacking:
+            return min(lacking)
+        written |= {f"h{output.target}" for output in row.outputs}
+    return None
 
 
 def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:

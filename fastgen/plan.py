@@ -111,11 +111,13 @@ class Row:
     None.
     logvar: (b, b_0): z_0 is multiplied by exp((b logvar + b_0) / 2) where a step is given a
     log-variance. model_time: what the network is told. input_scale: c_in, what x is multiplied by
-    before the network sees it.
+    before the network sees it. level: (alpha, sigma) of the sample that the row is given, x = alpha
+    x_0 + sigma eps, for runs that begin with an image or keep a part of one; None: not told.
 
     Derived: floats, the row as the kernels read it, (72,) float32 laid out as csrc/params.h has it,
-    and packed, its bytes (which know of no Threshold); threshold, the clip where it is one; noises, how many normals an element takes (0: deterministic); reads, the
-    inputs whose weight is not zero, with what the denoised sample is made from.
+    and packed, its bytes; noises, how many normals an element takes (0: deterministic); reads, the
+    inputs whose weight is not zero, with what the denoised sample is made from; threshold, the clip
+    where it is a Threshold, of which the floats know nothing.
 
     A number beneath float32's smallest normal one, 2^-126, is zero. Raises ValueError or TypeError
     for what is no finite number (clip excepted) and for too many outputs.
@@ -127,6 +129,7 @@ class Row:
     logvar: tuple[float, float] = (1.0, 0.0)
     model_time: float = 0.0
     input_scale: float = 1.0
+    level: tuple[float, float] | None = None
     floats: np.ndarray = field(init=False, repr=False, compare=False)
     packed: bytes = field(init=False, repr=False, compare=False)
     noises: int = field(init=False, repr=False, compare=False)
@@ -142,8 +145,10 @@ class Row:
         if not 1 <= len(self.outputs) <= MAX_OUTPUTS:
             raise ValueError(f"outputs: got {len(self.outputs)}, expected 1 to {MAX_OUTPUTS}")
         object.__setattr__(self, "clip", clip_bounds(self.clip))
-        for name in ("denoised", "logvar"):
+        for name in ("denoised", "logvar", "level"):
             pair = getattr(self, name)
+            if name == "level" and pair is None:
+                continue
             if not isinstance(pair, Sequence) or len(pair) != 2:
                 raise TypeError(f"{name}: got {pair!r}, expected a pair of floats")
             for number in pair:
@@ -157,7 +162,7 @@ class Row:
             floats[2:4] = -math.inf, math.inf
             floats[6:8] = threshold.quantile, threshold.maximum
         else:
-            floats[2:4] = self.clip or (-math.inf, math.inf)
+            floats[2:4] = self.clip or (-math.inf, math.inf)  # type: ignore[assignment]
         floats[list(filled)] = list(filled.values())
         floats.flags.writeable = False
         reads = {INPUTS[(c - _WEIGHTS) % len(INPUTS)] for c in filled if _WEIGHTS <= c < _NOISE}
@@ -191,7 +196,7 @@ class Plan:
 
     rows: one a step. initial_scale: standard deviation of the first sample. discrete: whether
     ``model_time`` is an integer timestep (int64 for the network) or a noise level (float32).
-    solver: its name, for people.
+    solver: its name, for people. end: (alpha, sigma) of the result, (1, 0) for data.
 
     Raises ValueError where a row reads a history slot that no earlier row has written (a row may
     read a slot that it writes: it reads what was there before), where a discrete plan has a time
@@ -202,6 +207,7 @@ class Plan:
     initial_scale: float = 1.0
     discrete: bool = True
     solver: str = ""
+    end: tuple[float, float] = (1.0, 0.0)
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, Sequence):
@@ -238,6 +244,15 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def level(self, index: int) -> tuple[float, float]:
+        """(alpha, sigma) of the sample before a row, or of the result (``len(plan)``).
+
+        Raises ValueError where the solver did not tell it."""
+        level = self.end if index == len(self) else self.rows[index].level
+        if level is None:
+            raise ValueError(f"plan: {self.solver or 'its solver'} tells no level of rows[{index}]")
+        return level
 
     def __repr__(self) -> str:
         kind = "stochastic" if self.stochastic else "deterministic"

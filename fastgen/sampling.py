@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from . import checks
 from .loop import Loop, is_one
+from .ops.forward import diffused
 from .ops.noise import INITIAL_LATENT, randn
 from .plan import Plan
 
@@ -25,6 +26,11 @@ def sample(
     shape: Sequence[int] | None = None,
     *,
     x: Tensor | None = None,
+    image: Tensor | None = None,
+    state: Mapping[str, Any] | None = None,
+    start: int = 0,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     seed: int | Sequence[int] | Tensor | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
     guidance_scale: float | Sequence[float] | Tensor | None = None,
@@ -35,12 +41,21 @@ def sample(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Runs a plan from noise to samples.
+    """Runs a plan from noise, or from where else a run may begin, to samples.
 
     model: called as ``model(x, t, cond)``: x (rows, ...), t (rows,) on x's device, int64 for
         discrete schedules and float32 for noise levels; a result with ``.sample`` is accepted.
     shape: (B, ...) of the samples, drawn from ``seed`` by ``fastgen.randn``; or x: the first sample
-        itself. dtype, device: of the samples drawn (float32, and torch's default device).
+        itself; or image: data (B, ...), to which the noise of the first row's level is added; or
+        state: a ``Loop.state_dict`` from which the run goes on with the same bits.
+        dtype, device: of the samples drawn (float32, and torch's default device).
+    start: with x or image, the row to begin with: the larger, the more of an image is kept. Its
+        noise is that of the whole run, so x of a former run goes on with the same bits (where the
+        network's input is x itself; a state has them in any case).
+    known, mask: to fill in a part of an image: known (B, ...) is the whole image, and mask, bool or
+        floating and broadcast to it, is 1 where it is sampled and 0 where it is kept. What is kept
+        is known with fresh noise of each step's level: Song et al. (2021), appendix I.2; Lugmayr et
+        al. (2022), eq. 8, without its jumps.
     seed, sample_ids: of all noise; the seed is needed only where some is drawn.
     cond, uncond: any tree of tensors with the batch first. With guidance_scale g (a float or one
         per sample) the network is called once a step with [uncond, cond], and its outputs become
@@ -59,21 +74,18 @@ def sample(
     checks.instance("plan", plan, Plan)
     if isinstance(shape, Tensor):
         raise TypeError("shape: got a Tensor; the first sample itself goes in as x=")
-    if (shape is None) == (x is None):
-        raise ValueError(
-            f"shape, x: got {'neither' if x is None else 'both'}, expected one of them"
-        )
     if guidance_scale is None and uncond is not None:
         raise ValueError("guidance_scale: got None, but uncond is there to be weighed against")
     if uncond is None and guidance_scale is not None and not is_one(guidance_scale):
         raise ValueError("uncond: got None, but guidance_scale weighs cond against it")
-    if x is None:
-        if seed is None:
-            raise ValueError("seed: got None, but the first sample is drawn from it")
-        x = _first_sample(plan, shape, seed, sample_ids, dtype, device)
-    elif dtype is not None or device is not None:
-        raise ValueError("dtype, device: go with shape; x has its own")
-    if plan.stochastic and seed is None:
+    if (known is None) != (mask is None):
+        raise ValueError("known, mask: got one of them, expected both or neither")
+    start = checks.integer("start", start, 0, len(plan))
+    first = {"shape": shape, "x": x, "image": image, "state": state}
+    x = _first_sample(plan, first, start, seed, sample_ids, dtype, device)
+    if seed is None and known is not None:
+        raise ValueError("seed: got None, but the noise of what is known is drawn from it")
+    if seed is None and plan.stochastic:
         raise ValueError(f"seed: got None, but {plan.solver or 'the plan'} draws noise")
     reads_uncond = any("u" in row.reads for row in plan.rows)
     guided = guidance_scale is not None and (reads_uncond or not is_one(guidance_scale))
@@ -88,11 +100,21 @@ def sample(
         sample_ids=sample_ids,
         guidance_scale=guidance_scale if guided else 1.0,  # type: ignore[arg-type]
         guided=guided,
+        start=start,
     )
-    for _ in _steps(len(plan), progress):
+    if state is not None:
+        loop.load_state_dict(state)
+    keep = None
+    if known is not None and mask is not None:
+        keep = _keeping(loop, checks.like("known", known, "x", x), mask, seed, sample_ids)
+        if state is None:
+            loop.x = keep(start)
+    for _ in _steps(len(plan) - loop.index, progress):
         output = model(loop.model_input, loop.time, cond)
         prediction: Any = getattr(output, "sample", output)
         loop.step(prediction)
+        if keep is not None:
+            loop.x = keep(loop.index)
         if callback is not None:
             callback(loop)
             if not loop.done and loop.row.input_scale == 1.0:
@@ -100,12 +122,61 @@ def sample(
     return loop.x
 
 
-def _first_sample(plan, shape, seed, sample_ids, dtype, device) -> Tensor:
-    """Normals of the noise contract's first stream, times the plan's initial scale."""
+def _first_sample(plan, sources, start, seed, sample_ids, dtype, device) -> Tensor:
+    """From the one source that is given."""
+    given = [name for name, source in sources.items() if source is not None]
+    if len(given) != 1:
+        raise ValueError(f"{', '.join(sources)}: got {' and '.join(given) or 'none'}, expected one")
+    name, source = given[0], sources[given[0]]
+    if name == "state":
+        source = source.get("x") if isinstance(source, Mapping) else source
+    if start and name not in ("x", "image"):
+        raise ValueError(f"start: got {start}, which goes with x or image, not with {name}")
+    if name != "shape":
+        if dtype is not None or device is not None:
+            raise ValueError(f"dtype, device: go with shape; {name} has its own")
+        checks.tensor(name, source)
+    if seed is None and name in ("shape", "image"):
+        raise ValueError("seed: got None, but the first sample is drawn from it")
+    if name == "image":
+        return _noised(source, source.dtype, plan, start, seed, sample_ids)
+    if name != "shape":
+        return source
     if plan.initial_scale == 1.0:
-        return randn(shape, seed=seed, sample_ids=sample_ids, dtype=dtype, device=device)
-    z = randn(shape, seed=seed, sample_ids=sample_ids, stream=INITIAL_LATENT, device=device)
+        return randn(source, seed=seed, sample_ids=sample_ids, dtype=dtype, device=device)
+    z = randn(source, seed=seed, sample_ids=sample_ids, stream=INITIAL_LATENT, device=device)
     return z.mul_(plan.initial_scale).to(dtype or torch.float32)
+
+
+def _noised(image, dtype, plan, index, seed, sample_ids) -> Tensor:
+    """An image with the noise of the sample before a row."""
+    level = plan.level(index)
+    checks.size(image.shape)
+    key = checks.seed(seed, image.shape[0], image.device)
+    ids = checks.sample_ids(sample_ids, image.shape[0], image.device)
+    return diffused(image, level, dtype, key, ids, index, None)
+
+
+def _keeping(loop, known, mask, seed, sample_ids) -> Callable[[int], Tensor]:
+    """The sample before a row, with what is known where the mask is 0."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        checks.tensor("mask", mask, batch=False)
+    try:
+        mask = mask.expand(known.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to known's "
+            f"{tuple(known.shape)}"
+        ) from None
+
+    def keep(index: int) -> Tensor:
+        noised = _noised(known, loop.x.dtype, loop.plan, index, seed, sample_ids)
+        if mask.dtype == torch.bool:
+            return torch.where(mask, loop.x, noised)
+        share = mask.to(loop.x.dtype)
+        return torch.where(share == 1, loop.x, noised + share * (loop.x - noised))
+
+    return keep
 
 
 def _both(uncond: Any, cond: Any, batch: int) -> Any:

@@ -114,8 +114,8 @@ def test_a_callback_may_change_the_sample_in_place():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: sample(network, DDIM, SHAPE, x=start(), seed=0), ValueError, "shape, x.*both"),
-        (lambda: sample(network, DDIM, seed=0), ValueError, "shape, x.*neither"),
+        (lambda: sample(network, DDIM, SHAPE, x=start(), seed=0), ValueError, "x.*got shape and x"),
+        (lambda: sample(network, DDIM, seed=0), ValueError, "shape, x.*got none"),
         (lambda: sample(network, DDIM, SHAPE), ValueError, "seed"),
         (lambda: sample(network, NOISY, x=start()), ValueError, "seed"),
         (lambda: sample(network, DDIM, SHAPE, seed=0, guidance_scale=2.0, cond=OTHER),
@@ -242,3 +242,152 @@ def test_channels_last_is_kept():
         assert result.is_contiguous(memory_format=torch.channels_last)
         assert_bitwise(result, sample(network, DDIM, x=x.contiguous(), **options))
     assert all(seen)
+
+
+# ---- runs that begin elsewhere, and images of which a part is kept -------------------------------
+
+EDM = fastgen.edm_levels(fastgen.sigmas.karras(6))
+STRAIGHT = fastgen.flow_levels(fastgen.sigmas.flow(6, 3.0))
+MEMORYLESS = [
+    DDIM, NOISY, solvers.ddpm(SCHEDULE, 6), solvers.euler_ancestral(STRAIGHT),
+    solvers.lcm(STRAIGHT), solvers.dpmpp_2m(SCHEDULE, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", MEMORYLESS, ids=repr)
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_run_that_begins_at_a_row_has_the_same_bits(plan, guided):
+    seen = []
+    options = {"seed": 3}
+    if guided:
+        options |= {"guidance_scale": 2.5, "cond": torch.ones(3), "uncond": torch.zeros(3)}
+    whole = sample(network, plan, SHAPE, callback=lambda loop: seen.append(loop.x.clone()),
+                   **options)  # fmt: skip
+    for k in range(1, len(plan)):
+        assert_bitwise(sample(network, plan, x=seen[k - 1], start=k, **options), whole)
+
+
+@pytest.mark.parametrize("plan", [*MEMORYLESS, solvers.dpmpp_2m(EDM), solvers.heun(EDM)], ids=repr)
+def test_a_run_goes_on_from_a_state(plan):
+    states = []
+    whole = sample(network, plan, SHAPE, seed=3, callback=lambda loop: states.append(
+        loop.state_dict()))  # fmt: skip
+    for state in states:
+        assert_bitwise(sample(network, plan, state=state, seed=3), whole)
+    with pytest.raises(ValueError, match="plan"):
+        sample(network, solvers.ddpm(SCHEDULE, 9), state=states[0], seed=3)
+
+
+def test_what_former_rows_keep_cannot_be_done_without():
+    levels = SCHEDULE.levels(6)
+    plan = solvers.dpmpp_2m(levels)
+    with pytest.raises(ValueError, match=r"start: got 2.*levels\[start:\]"):
+        sample(network, plan, x=start(), start=2)
+    rest = solvers.dpmpp_2m(levels[2:])
+    assert [row.model_time for row in rest.rows] == [row.model_time for row in plan.rows[2:]]
+    assert rest.rows[0].reads <= {"x", "e", "denoised"}
+    assert sample(network, rest, image=start(), seed=1).isfinite().all()
+
+
+def test_levels_are_sliced():
+    levels = fastgen.edm_levels(fastgen.sigmas.karras(5, 0.1, 10.0))
+    part = levels[1:3]
+    assert (part.points, part.end) == (levels.points[1:3], levels.points[3])
+    assert part.initial_scale == levels.points[1].sigma
+    assert levels[:].initial_scale == levels.initial_scale
+    assert levels[-2:].end is levels.end
+    for wrong in (0, slice(None, None, 2)):
+        with pytest.raises(TypeError, match="slice"):
+            levels[wrong]
+    with pytest.raises(ValueError, match="points"):
+        levels[3:2]
+
+
+@pytest.mark.parametrize("plan", [solvers.ddpm(SCHEDULE, 6), solvers.euler(EDM), solvers.lcm(
+    STRAIGHT)], ids=repr)  # fmt: skip
+def test_an_image_is_given_the_noise_of_its_level(plan):
+    image, seen = fastgen.randn((2, 100, 100), seed=8), []
+    for k in (0, 3):
+        alpha, sigma = plan.level(k)
+
+        def model(x, t, cond):
+            seen.append(x / plan.rows[k].input_scale)  # noqa: B023
+            return network(x, t)
+
+        sample(model, plan, image=image, start=k, seed=5)
+        z = (seen[0] - alpha * image) / sigma
+        assert abs(float(z.mean())) < 0.03
+        assert abs(float(z.std()) - 1.0) < 0.03
+        want = fastgen.randn(image.shape, seed=5, stream=4, step=k)
+        torch.testing.assert_close(z, want, rtol=1e-3, atol=1e-3)
+        seen.clear()
+    a = SCHEDULE.alpha_bars[int(solvers.ddpm(SCHEDULE, 6).rows[3].model_time)]
+    ours = sample(lambda x, t, c: seen.append(x.clone()) or x, solvers.ddpm(SCHEDULE, 6),
+                  image=image, start=3, seed=5)  # fmt: skip
+    assert ours.isfinite().all()
+    assert_bitwise(seen[0], fastgen.add_noise(image, float(a), seed=5, step=3))
+
+
+@pytest.mark.parametrize("plan", [DDIM, NOISY, solvers.dpmpp_2m(SCHEDULE, 5),
+                                  solvers.heun(STRAIGHT), solvers.euler(STRAIGHT)], ids=repr)  # fmt: skip
+def test_what_is_known_is_kept(plan):
+    known = fastgen.randn(SHAPE, seed=9)
+    mask = torch.zeros(1, 2, 7, dtype=torch.bool)
+    mask[..., :3] = True
+    y = sample(network, plan, SHAPE, seed=3, known=known, mask=mask)
+    assert_bitwise(y[..., 3:], known[..., 3:])
+    assert not torch.equal(y[..., :3], known[..., :3])
+    assert_bitwise(sample(network, plan, SHAPE, seed=3, known=known, mask=mask.float()), y)
+    free = sample(network, plan, SHAPE, seed=3)
+    everything = torch.ones(1, 1, 1, dtype=torch.bool)
+    assert_bitwise(sample(network, plan, SHAPE, seed=3, known=known, mask=everything), free)
+    alone = sample(network, plan, (1, *SHAPE[1:]), seed=3, sample_ids=[2], known=known[2:],
+                   mask=mask)  # fmt: skip
+    assert_bitwise(alone, y[2:])
+    half = sample(network, plan, SHAPE, seed=3, known=known, mask=0.5 * mask.float())
+    assert not torch.equal(half[..., :3], y[..., :3])
+
+
+def test_what_is_kept_has_the_noise_of_each_step():
+    plan = solvers.ddpm(SCHEDULE, 6)
+    known, seen = torch.full((1, 20000), 0.7), {}
+    sample(network, plan, known.shape, seed=3, known=known, mask=torch.zeros(1, dtype=torch.bool),
+           callback=lambda loop: seen.update({loop.index: loop.x.clone()}))  # fmt: skip
+    for k, x in seen.items():
+        alpha, sigma = plan.level(k)
+        assert abs(float(x.mean()) - 0.7 * alpha) <= 5 * sigma / 20000**0.5 + 1e-6
+        assert abs(float(x.std()) - sigma) <= 0.03 * sigma + 1e-6
+    z = [(seen[k] - 0.7 * plan.level(k)[0]) / plan.level(k)[1] for k in (1, 2)]
+    assert abs(float((z[0] * z[1]).mean())) < 0.04  # fresh in each
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"x": start(), "image": start()}, ValueError, "got x and image"),
+        ({"shape": SHAPE, "start": 1}, ValueError, "start: got 1.*shape"),
+        ({"x": start(), "start": 5}, ValueError, "start"),
+        ({"x": start(), "start": -1}, ValueError, "start"),
+        ({"x": start(), "start": 1.5}, TypeError, "start"),
+        ({"image": start(), "seed": None}, ValueError, "seed"),
+        ({"image": [1.0]}, TypeError, "image"),
+        ({"image": start(), "dtype": torch.float16}, ValueError, "dtype"),
+        ({"shape": SHAPE, "known": start()}, ValueError, "known, mask"),
+        ({"shape": SHAPE, "mask": start()}, ValueError, "known, mask"),
+        ({"shape": SHAPE, "known": start()[:1], "mask": start()}, ValueError, "known"),
+        ({"shape": SHAPE, "known": start(), "mask": torch.ones(4, 7)}, ValueError, "mask"),
+        ({"shape": SHAPE, "known": start(), "mask": 1.0}, TypeError, "mask"),
+        ({"x": start(), "known": start(), "mask": start(), "seed": None}, ValueError, "seed"),
+        ({"state": 3}, TypeError, "state"),
+        ({"state": {}}, TypeError, "state"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        sample(network, DDIM, **{"seed": 0, **options})
+
+
+def test_a_plan_without_levels_takes_no_image():
+    plan = fastgen.Plan((fastgen.Row((fastgen.Output({"x": 1.0}),)),))
+    with pytest.raises(ValueError, match="level"):
+        sample(network, plan, image=start(), seed=0)

@@ -130,7 +130,7 @@ def test_the_quantile_is_numpys(count):
     ((math.nan,), ValueError), ((0.9, math.nan), ValueError), ((0.9, "a"), TypeError),
 ])  # fmt: skip
 def test_what_is_refused(arguments, error):
-    with pytest.raises(error, match="quantile|maximum"):
+    with pytest.raises(error, match=r"quantile|maximum"):
         Threshold(*arguments)
 
 

@@ -80,6 +80,29 @@ def add_noise(
     return tuple(results) if count > 1 else results[0]
 
 
+def diffused(
+    x0: Tensor,
+    level: tuple[float, float],
+    dtype: torch.dtype,
+    seed: kernel.Seed,
+    sample_ids: int | Tensor,
+    step: int,
+    backend: str | None,
+) -> Tensor:
+    """alpha x_0 + sigma eps of a level (alpha, sigma), eps as ``add_noise`` draws it."""
+    row = _at_level(*level)
+    return kernel.run(
+        x0.shape, row, backend=kernel.choose(backend, x0, results=(dtype,)), dtypes=(dtype,),
+        device=x0.device, like=x0, x=x0, seed=seed if row.noises else None, sample_ids=sample_ids,
+        step=step, streams=(FORWARD_DIFFUSION,),
+    )[0]  # fmt: skip
+
+
+@cached_constant
+def _at_level(alpha: float, sigma: float) -> Row:
+    return Row((Output({"x": alpha}, (sigma,)),))
+
+
 @cached_constant
 def _row(level: float, return_noise: bool, return_velocity: bool) -> Row:
     signal, sigma = np.sqrt(level), np.sqrt(1.0 - level)

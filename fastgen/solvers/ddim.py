@@ -52,10 +52,12 @@ def ddim_row(
         else:
             of_x, of_e = epsilon(prediction, a_t)
             weights |= {"x": direction * of_x, "e": direction * of_e}
+    level = (math.sqrt(a_t), math.sqrt(1.0 - a_t))
     if bounds is None:
-        return Row((Output(folded(weights, estimate), (noise,)),), model_time=model_time)
+        output = Output(folded(weights, estimate), (noise,))
+        return Row((output,), model_time=model_time, level=level)
     output = Output(weights, (noise,))
-    return Row((output,), denoised=estimate, clip=bounds, model_time=model_time)
+    return Row((output,), denoised=estimate, clip=bounds, model_time=model_time, level=level)
 
 
 def ddim(

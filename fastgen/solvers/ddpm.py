@@ -44,10 +44,12 @@ def ddpm_row(
     noise = {"fixed_small": math.sqrt(posterior), "fixed_large": math.sqrt(beta), "learned": 1.0}
     scale = noise[variance] if a_s < 1.0 else 0.0
     weights = {"x": of_x, "denoised": of_denoised}
+    level = (math.sqrt(a_t), math.sqrt(1.0 - a_t))
     if bounds is None:
         output = Output(folded(weights, estimate), (scale,))
-        return Row((output,), model_time=model_time)
-    return Row((Output(weights, (scale,)),), denoised=estimate, clip=bounds, model_time=model_time)
+        return Row((output,), model_time=model_time, level=level)
+    return Row((Output(weights, (scale,)),), denoised=estimate, clip=bounds, model_time=model_time,
+               level=level)  # fmt: skip
 
 
 def ddpm(

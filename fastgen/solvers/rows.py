@@ -77,10 +77,11 @@ class Rows:
                 for w, z, target in outputs]  # fmt: skip
         estimate = at.estimate if estimated else (0.0, 0.0)
         self.rows.append(Row(tuple(made), estimate, self.clip, model_time=at.time,
-                             input_scale=at.input_scale))  # fmt: skip
+                             input_scale=at.input_scale, level=(at.alpha, at.sigma)))  # fmt: skip
 
     def plan(self, solver: str, initial_scale: float | None = None) -> Plan:
         """What was collected; initial_scale: where the run does not begin at the first level."""
         scale = self.levels.initial_scale if initial_scale is None else initial_scale
         discrete = self.levels.discrete and all(r.model_time.is_integer() for r in self.rows)
-        return Plan(tuple(self.rows), scale, discrete, solver)
+        end = self.levels.end
+        return Plan(tuple(self.rows), scale, discrete, solver, (end.alpha, end.sigma))

@@ -180,7 +180,8 @@ class _Fast:
             for other in others:
                 dtypes.append(wide if self._upcasts or other.target != SHOWN else kind)
         results: Sequence[Tensor] = ()
-        if logvar is None and row.threshold is None and sample.is_cpu and is_eager() and backends._native is not None:
+        fixed = logvar is None and row.threshold is None
+        if fixed and sample.is_cpu and is_eager() and backends._native is not None:
             if not wants_gradient(sample, output, *normals, *history):
                 own = sample.dtype
                 outs = tuple([
