@@ -64,6 +64,18 @@ DETERMINISTIC = {
         for order in (1, 2, 3) for variant in ("bh1", "bh2") for data in (True, False)
         for c in (True, False)
     },
+    **{
+        f"sa_solver {p}, {c}, {'data' if data else 'noise'}": (
+            functools.partial(solvers.sa_solver, predictor_order=p, corrector_order=c, tau=0.0,
+                              data=data, lower_order_final=False), min(p + 1, c) if c else p)
+        for p, c in ((1, 0), (2, 0), (3, 0), (4, 0), (1, 2), (2, 3), (3, 4), (3, 2))
+        for data in (True, False)
+    },
+    "sa_solver 2, 2, published": (
+        functools.partial(solvers.sa_solver, tau=0.0, published=True), 2),
+    "sa_solver 2, 3, to a corrected end": (
+        functools.partial(solvers.sa_solver, corrector_order=3, tau=0.0, lower_order_final=False,
+                          correct_end=True), 3),
 }  # fmt: skip
 
 
@@ -76,6 +88,18 @@ def test_the_error_falls_with_the_order(name, way):
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert slope > order - 0.25, errors
     assert slope < order + 0.6, errors
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_corrector_of_the_predictors_order_keeps_it(order, data):
+    """Where the steps are fine: before, the predictor's own error is the larger and falls faster.
+    (The fourth order is then at float64's rounding.)"""
+    solver = functools.partial(solvers.sa_solver, predictor_order=order, corrector_order=order,
+                               tau=0.0, data=data, lower_order_final=False)  # fmt: skip
+    steps = (320, 640, 1280)
+    slope = -np.polyfit(np.log(steps), np.log([error(solver, "vp", n) for n in steps]), 1)[0]
+    assert abs(slope - order) < 0.25
 
 
 # ---- what is drawn -------------------------------------------------------------------------------
@@ -96,6 +120,17 @@ STOCHASTIC = {
     "dpmpp_2s_ancestral": solvers.dpmpp_2s_ancestral,
     "dpmpp_sde": solvers.dpmpp_sde,
     "dpmpp_sde, r 0.4": functools.partial(solvers.dpmpp_sde, r=0.4),
+    **{
+        f"sa_solver {p}, {c}, {'data' if data else 'noise'}": functools.partial(
+            solvers.sa_solver, predictor_order=p, corrector_order=c, data=data
+        )
+        for p, c in ((1, 0), (2, 0), (2, 2), (3, 4))
+        for data in (True, False)
+    },
+    "sa_solver, tau of a level": functools.partial(
+        solvers.sa_solver, tau=lambda point: 0.5 if point.ratio > 1.0 else 1.2
+    ),
+    "sa_solver, published": functools.partial(solvers.sa_solver, published=True),
 }
 
 

@@ -98,6 +98,42 @@ def dpmpp_2m_paper(x, output, z, a, b, past, prediction="epsilon", clip=None):
     return sigma[1] / sigma[0] * x - alpha[1] * np.expm1(-h) * estimate
 
 
+def sa_paper(x, output, z, a, b, past, prediction="epsilon", clip=None, orders=(2, 2), tau=1.0,
+             data=True):  # fmt: skip
+    """Xue et al. (2023), algorithm 1; past: (alpha, sigma, x, z, estimate) of each step."""
+
+    def moved(end, nodes):
+        (alpha_s, sigma_s, x, z, _), (alpha_t, sigma_t) = past[-1], end
+        low, high = math.log(alpha_s / sigma_s), math.log(alpha_t / sigma_t)
+        points, shares = np.polynomial.legendre.leggauss(60)
+        points = 0.5 * (high - low) * points + 0.5 * (high + low)
+        weight = 0.5 * (high - low) * shares * (1 + tau**2)
+        h = high - low
+        if data:
+            mean = sigma_t / sigma_s * math.exp(-(tau**2) * h) * x
+            weight = weight * sigma_t * np.exp(-(tau**2) * (high - points)) * np.exp(points)
+            deviation = sigma_t * math.sqrt(1 - math.exp(-2 * tau**2 * h))
+        else:
+            mean = alpha_t / alpha_s * x
+            weight = -weight * alpha_t * np.exp(-points)
+            deviation = tau * sigma_t * math.sqrt(math.exp(2 * h) - 1)
+        for j, (at, estimate) in enumerate(nodes):
+            others = [other for k, (other, _) in enumerate(nodes) if k != j]
+            lagrange = [np.ones_like(points), *((points - o) / (at - o) for o in others)]
+            mean = mean + (weight * np.prod(lagrange, axis=0)).sum() * estimate
+        return mean + deviation * z
+
+    alpha, sigma = np.sqrt([a, b]), np.sqrt([1 - a, 1 - b])
+    x0 = clipped(predicted_x0(prediction, x, output, a), clip)
+    now = x0 if data else (x - alpha[0] * x0) / sigma[0]
+    nodes = [(math.log(alpha[0] / sigma[0]), now)]
+    nodes += [(math.log(p[0] / p[1]), p[4]) for p in past[::-1]]
+    if past and orders[1]:
+        x = moved((alpha[0], sigma[0]), nodes[: orders[1]])
+    past.append((alpha[0], sigma[0], x, z, now))
+    return x0 if b == 1 else moved((alpha[1], sigma[1]), nodes[: orders[0]])
+
+
 def run_paper(step, x, normals, schedule=SCHEDULE, steps=STEPS, shake=0.0, seed=0, **options):
     """A whole run; with ``shake``, every result is moved by that share of itself, up or down."""
     signs = np.random.default_rng(seed)
@@ -218,6 +254,36 @@ def test_ddim_can_take_epsilon_from_the_clipped_x0(prediction, eta):
 def test_dpm_solver_is_algorithm_2(prediction, clip):
     options = {"prediction": prediction, "clip": clip}
     assert_follows(solvers.dpmpp_2m(SCHEDULE, STEPS, **options), dpmpp_2m_paper, **options)
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("orders", [(1, 0), (2, 2), (3, 3), (2, 4)])
+@pytest.mark.parametrize("tau", [0.0, 0.8])
+@pytest.mark.parametrize("clip", CLIPS[:2])
+def test_sa_solver_is_algorithm_1(clip, tau, orders, data):
+    options = {"clip": clip, "tau": tau, "data": data}
+    plan = solvers.sa_solver(SCHEDULE, STEPS, **options, predictor_order=orders[0],
+                             corrector_order=orders[1], lower_order_final=False)  # fmt: skip
+    x, normals = start(), step_noise(11)
+    expected = run_paper(sa_paper, x, normals, orders=orders, **options)
+    # fourth orders over few, long steps cancel: what they lose is not what shaking shows
+    scale = np.abs(expected).max()
+    assert np.abs(run_numbers(plan, x, normals) - expected).max() <= 1e-9 * scale
+    result = run_loop(plan, torch.from_numpy(x).float(), 11).double().numpy()
+    assert np.abs(result - expected).max() <= 1e-2 * scale
+
+
+@pytest.mark.parametrize(("tau", "other"), [(0.0, solvers.ddim), (1.0, solvers.ddpm)])
+def test_sa_solver_of_one_estimate_is_ddim_and_ddpm(tau, other):
+    """Xue et al. (2023), section 5.3."""
+    plan = solvers.sa_solver(SCHEDULE, STEPS, predictor_order=1, corrector_order=0, tau=tau)
+    for ours, theirs in zip(plan.rows, other(SCHEDULE, STEPS).rows, strict=True):
+        (mine,), (given,) = ours.outputs, theirs.outputs
+        for name in ("x", "e"):
+            assert mine.weights[name] == pytest.approx(given.weights[name], abs=1e-10)
+        assert max(mine.noise, default=0.0) == pytest.approx(
+            max(given.noise, default=0.0), abs=1e-10
+        )
 
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule.scaled_linear(), NoiseSchedule.sigmoid(100)])
@@ -464,6 +530,11 @@ NOISELESS = NoiseSchedule.from_alpha_bars([1.0, 0.5])
         (lambda: solvers.ddpm(SCHEDULE, 0), ValueError, "steps"),
         (lambda: solvers.dpmpp_2m(SCHEDULE, 2.5), TypeError, "steps"),
         (lambda: solvers.ddpm(SCHEDULE, 5, spacing="karras"), ValueError, "spacing.*karras"),
+        (lambda: solvers.sa_solver(SCHEDULE, 5, predictor_order=0), ValueError, "predictor_order"),
+        (lambda: solvers.sa_solver(SCHEDULE, 5, corrector_order=5), ValueError, "corrector_order"),
+        (lambda: solvers.sa_solver(SCHEDULE, 5, tau=-1.0), ValueError, "tau"),
+        (lambda: solvers.sa_solver(SCHEDULE, 5, tau=lambda p: "1"), TypeError, "tau"),
+        (lambda: solvers.sa_solver(SCHEDULE, 5, correct_end=True), ValueError, "correct_end"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(call, error, message):

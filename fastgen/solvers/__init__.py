@@ -15,6 +15,7 @@ from .dpm import (
 )
 from .euler import dpm2, euler, euler_ancestral, gradient_estimation, heun
 from .multistep import deis, ipndm, lms, pndm
+from .sa import sa_solver
 from .unipc import unipc
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "lcm",
     "lms",
     "pndm",
+    "sa_solver",
     "tcd",
     "unipc",
 ]
