@@ -129,6 +129,9 @@ bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle no
                py::handle history, py::handle outs, py::handle row, py::handle guidance,
                py::handle seed, py::handle sample_ids, py::handle noise_step, py::handle streams,
                bool guided, int threads);
+py::object scheduler_step(py::handle x, py::handle output, py::handle noise, py::handle history,
+                          py::handle dtypes, py::handle row, py::handle seed, py::handle sample_ids,
+                          py::handle noise_step, py::handle streams, bool grad, int threads);
 py::object quick_reparameterize(py::handle mean, py::handle logvar, py::handle noise,
                                 py::handle out, py::handle kl, py::handle seed, int64_t noise_step,
                                 int noise_stream, bool grad, int threads);

@@ -231,6 +231,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("shapes_of", &shapes_of);
     m.def("quick_step", &quick_step);
     m.def("loop_step", &loop_step);
+    m.def("scheduler_step", &scheduler_step);
     m.def("quick_reparameterize", &quick_reparameterize);
     m.def("step", &step);
     m.def("reparameterize", &reparameterize);

@@ -165,6 +165,108 @@ bool may_spoil(const View& out, const View& given) {
 
 }  // namespace
 
+namespace {
+
+// The tensors of a step of a Loop or a scheduler: looked at once, then laid out and run. Each add
+// is false where a tensor is out of the ordinary.
+class StepCall {
+   public:
+    explicit StepCall(bool grad) : grad_(grad) {}
+
+    StepParams p{};
+
+    // Of the shape of the first, which is x.
+    bool add(Tensor& slot, PyObject* tensor) {
+        return is_ordinary(tensor, grad_) && add_own(slot, tensor);
+    }
+
+    // A tensor that was just made.
+    bool add_own(Tensor& slot, PyObject* tensor) {
+        View& view = views_[count_];
+        slots_[count_] = &slot;
+        return try_look_at(tensor, view) && view.on_cpu && view.dtype >= 0 &&
+               view.ndim <= kMaxRank && (count_++ == 0 || view.has_size_of(views_[0]));
+    }
+
+    // [uncond, cond] in one tensor of twice the batch.
+    bool add_both(PyObject* output) {
+        const int64_t batch = views_[0].ndim ? views_[0].size[0] : 0;
+        View& both = views_[count_];
+        slots_[count_++] = &p.uncond;
+        if (batch == 0 || !is_ordinary(output, grad_) || !try_look_at(output, both) ||
+            !both.on_cpu || both.dtype < 0 || both.ndim != views_[0].ndim)
+            return false;
+        int64_t doubled[kMaxRank];
+        std::copy(views_[0].size, views_[0].size + both.ndim, doubled);
+        doubled[0] *= 2;
+        if (!std::equal(doubled, doubled + both.ndim, both.size)) return false;
+        both.size = views_[0].size;
+        View& half = views_[count_];
+        slots_[count_++] = &p.cond;
+        half.dtype = both.dtype;
+        half.ndim = both.ndim;
+        half.size = both.size;
+        half.stride = both.stride;
+        const int64_t bytes = batch * both.stride[0] * (both.dtype == kFloat32 ? 4 : 2);
+        half.data = static_cast<char*>(both.data) + bytes;
+        return true;
+    }
+
+    bool add_noise(py::handle noise) {
+        for (int m = 0; m < int(PyTuple_GET_SIZE(noise.ptr())); ++m)
+            if (m == kNoises || !add(p.given_noise[m], PyTuple_GET_ITEM(noise.ptr(), m)))
+                return false;
+        given_ = count_;
+        return true;
+    }
+
+    bool add_history(py::handle history) {
+        for (int k = 0; k < kHistory && k < int(PyTuple_GET_SIZE(history.ptr())); ++k) {
+            PyObject* slot = PyTuple_GET_ITEM(history.ptr(), k);
+            if (slot != Py_None && !add(p.history[k], slot)) return false;
+        }
+        return true;
+    }
+
+    // Tensors to write, which must share no memory with what the network or the caller gave.
+    bool add_outs(py::handle outs) {
+        for (int j = 0; j < kOutputs && j < int(PyTuple_GET_SIZE(outs.ptr())); ++j) {
+            if (!add(p.out[j], PyTuple_GET_ITEM(outs.ptr(), j))) return false;
+            for (int i = 1; i < given_; ++i)
+                if (may_spoil(views_[count_ - 1], views_[i])) return false;
+        }
+        return true;
+    }
+
+    // False where the tensors have more separate dims than a kernel walks.
+    bool run(py::handle row, py::handle seed, py::handle sample_ids, py::handle noise_step,
+             py::handle streams, int threads) {
+        memcpy(&p.row, PyBytes_AS_STRING(row.ptr()), sizeof(StepRow));
+        p.draws = !seed.is_none();
+        if (p.draws) {
+            read_key(p.key, seed, sample_ids, noise_step, py::none());
+            for (int m = 0; m < kNoises; ++m)
+                p.stream[m] = int32_t(as_int(PyTuple_GET_ITEM(streams.ptr(), m)));
+        }
+        Call call(views_[0]);
+        for (int i = 0; i < count_; ++i) call.add(*slots_[i], views_[i]);
+        if (!call.try_lay_out(p.shape, p.draws, p.draws || p.guidance)) return false;
+        run_cpu(cpu_kernels().step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
+        return true;
+    }
+
+    int dtype(int index) const { return views_[index].dtype; }
+
+   private:
+    static constexpr int kRoom = 3 + kNoises + kHistory + kOutputs;
+    bool grad_;
+    int count_ = 0, given_ = 0;
+    View views_[kRoom];
+    Tensor* slots_[kRoom];
+};
+
+}  // namespace
+
 // One step of a Loop, into the tensors given; false, with nothing written, where one is out of the
 // ordinary or the network's output shares memory with what is written. guided: the output holds
 // two samples of each, [uncond, cond].
@@ -172,67 +274,43 @@ bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle no
                py::handle history, py::handle outs, py::handle row, py::handle guidance,
                py::handle seed, py::handle sample_ids, py::handle noise_step, py::handle streams,
                bool guided, int threads) {
-    constexpr int kRoom = 3 + kNoises + kHistory + kOutputs;
-    View views[kRoom];
-    Tensor* slots[kRoom];
-    int count = 0;
-    StepParams p{};
-    const auto add = [&](Tensor& slot, PyObject* tensor) {
-        View& view = views[count];
-        slots[count] = &slot;
-        return is_ordinary(tensor, false) && try_look_at(tensor, view) && view.on_cpu &&
-               view.dtype >= 0 && view.ndim <= kMaxRank &&
-               (count++ == 0 || view.has_size_of(views[0]));
-    };
-    if (!add(p.x, x.ptr())) return false;
-    const int64_t batch = views[0].ndim ? views[0].size[0] : 0;
-    int64_t doubled[kMaxRank];
-    if (guided) {
-        View& both = views[count];
-        slots[count++] = &p.uncond;
-        if (batch == 0 || !is_ordinary(output.ptr(), false) || !try_look_at(output.ptr(), both) ||
-            !both.on_cpu || both.dtype < 0 || both.ndim != views[0].ndim)
-            return false;
-        std::copy(views[0].size, views[0].size + both.ndim, doubled);
-        doubled[0] *= 2;
-        if (!std::equal(doubled, doubled + both.ndim, both.size)) return false;
-        both.size = views[0].size;
-        View& half = views[count];
-        slots[count++] = &p.cond;
-        half.dtype = both.dtype;
-        half.ndim = both.ndim;
-        half.size = both.size;
-        half.stride = both.stride;
-        const int64_t bytes = batch * both.stride[0] * (both.dtype == kFloat32 ? 4 : 2);
-        half.data = static_cast<char*>(both.data) + bytes;
-    } else if (!add(p.cond, output.ptr()) || (!uncond.is_none() && !add(p.uncond, uncond.ptr()))) {
+    StepCall call(false);
+    if (!call.add(call.p.x, x.ptr())) return false;
+    if (guided ? !call.add_both(output.ptr())
+               : !call.add(call.p.cond, output.ptr()) ||
+                     (!uncond.is_none() && !call.add(call.p.uncond, uncond.ptr())))
         return false;
+    if (!call.add_noise(noise) || !call.add_history(history) || !call.add_outs(outs)) return false;
+    read_guidance(guidance, call.p.guidance_scale, call.p.guidance, call.p.guidance_stride);
+    return call.run(row, seed, sample_ids, noise_step, streams, threads);
+}
+
+// A scheduler's step: its results, in a tuple of new tensors, or None where a tensor is out of the
+// ordinary. dtypes: of each result, a DType or whose it is. grad: whether gradients are recorded.
+py::object scheduler_step(py::handle x, py::handle output, py::handle noise, py::handle history,
+                          py::handle dtypes, py::handle row, py::handle seed, py::handle sample_ids,
+                          py::handle noise_step, py::handle streams, bool grad, int threads) {
+    enum { kOfX = 3, kOfOutput = 4, kOfBoth = 5 };
+    StepCall call(grad);
+    if (!call.add(call.p.x, x.ptr()) || !call.add(call.p.cond, output.ptr()) ||
+        !call.add_noise(noise) || !call.add_history(history))
+        return py::none();
+    const int of_x = call.dtype(0), of_output = call.dtype(1);
+    const int count = int(PyTuple_GET_SIZE(dtypes.ptr()));
+    py::tuple outs(count);
+    for (int j = 0; j < count; ++j) {
+        int dtype = int(as_int(PyTuple_GET_ITEM(dtypes.ptr(), j)));
+        if (dtype == kOfBoth) dtype = of_x == of_output ? of_x : int(kFloat32);
+        if (dtype == kOfX) dtype = of_x;
+        if (dtype == kOfOutput) dtype = of_output;
+        py::object out = dtype == of_x ? new_like(x.ptr()) : new_like(x.ptr(), dtype);
+        if (!call.add_own(call.p.out[j], out.ptr())) return py::none();
+        PyTuple_SET_ITEM(outs.ptr(), j, out.release().ptr());
     }
-    for (int m = 0; m < int(PyTuple_GET_SIZE(noise.ptr())); ++m)
-        if (m == kNoises || !add(p.given_noise[m], PyTuple_GET_ITEM(noise.ptr(), m))) return false;
-    const int given = count;
-    for (int k = 0; k < kHistory && k < int(PyTuple_GET_SIZE(history.ptr())); ++k) {
-        PyObject* slot = PyTuple_GET_ITEM(history.ptr(), k);
-        if (slot != Py_None && !add(p.history[k], slot)) return false;
-    }
-    for (int j = 0; j < kOutputs && j < int(PyTuple_GET_SIZE(outs.ptr())); ++j) {
-        if (!add(p.out[j], PyTuple_GET_ITEM(outs.ptr(), j))) return false;
-        for (int i = 1; i < given; ++i)
-            if (may_spoil(views[count - 1], views[i])) return false;
-    }
-    memcpy(&p.row, PyBytes_AS_STRING(row.ptr()), sizeof(StepRow));
-    read_guidance(guidance, p.guidance_scale, p.guidance, p.guidance_stride);
-    p.draws = !seed.is_none();
-    if (p.draws) {
-        read_key(p.key, seed, sample_ids, noise_step, py::none());
-        for (int m = 0; m < kNoises; ++m)
-            p.stream[m] = int32_t(as_int(PyTuple_GET_ITEM(streams.ptr(), m)));
-    }
-    Call call(views[0]);
-    for (int i = 0; i < count; ++i) call.add(*slots[i], views[i]);
-    if (!call.try_lay_out(p.shape, p.draws, p.draws || p.guidance)) return false;
-    run_cpu(cpu_kernels().step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
-    return true;
+    call.p.guidance_scale = 1.0f;
+    call.p.fresh = true;
+    if (!call.run(row, seed, sample_ids, noise_step, streams, threads)) return py::none();
+    return outs;
 }
 
 // As quick_step: z, or NotImplemented. kl: None, or where the divergences go.

@@ -39,7 +39,7 @@ constexpr int kDlCpu = 1, kDlFloat = 2, kDlBfloat = 4;
 DlExchange* exchange_table = nullptr;
 PyObject* torch_dtypes[3];
 PyObject* tensor_types[2];
-PyObject* empty_like;
+PyObject *empty_like, *dtype_keyword;
 PyObject *name_data_ptr, *name_dtype, *name_stride, *name_shape, *name_is_cpu, *name_is_neg,
     *name_is_zero, *name_requires_grad;
 
@@ -87,6 +87,7 @@ void set_torch(py::tuple dtypes, py::tuple types, py::object allocate, py::objec
     for (int i = 0; i < 3; ++i) torch_dtypes[i] = py::object(dtypes[i]).release().ptr();
     for (int i = 0; i < 2; ++i) tensor_types[i] = py::object(types[i]).release().ptr();
     empty_like = allocate.release().ptr();
+    dtype_keyword = py::make_tuple("dtype").release().ptr();
     name_data_ptr = PyUnicode_InternFromString("data_ptr");
     name_dtype = PyUnicode_InternFromString("dtype");
     name_stride = PyUnicode_InternFromString("stride");
@@ -157,6 +158,13 @@ void use_huge_pages(PyObject* tensor) {
 
 py::object new_like(PyObject* tensor) {
     py::object made = checked(PyObject_CallOneArg(empty_like, tensor));
+    use_huge_pages(made.ptr());
+    return made;
+}
+
+py::object new_like(PyObject* tensor, int dtype) {
+    PyObject* arguments[] = {tensor, torch_dtypes[dtype]};
+    py::object made = checked(PyObject_Vectorcall(empty_like, arguments, 1, dtype_keyword));
     use_huge_pages(made.ptr());
     return made;
 }

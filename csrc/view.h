@@ -64,5 +64,6 @@ bool is_ordinary(PyObject* tensor, bool grad);
 void use_huge_pages(PyObject* tensor);
 
 py::object new_like(PyObject* tensor);
+py::object new_like(PyObject* tensor, int dtype);  // a DType
 
 }  // namespace fastgen

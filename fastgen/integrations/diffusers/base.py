@@ -20,13 +20,14 @@ except ImportError:
 from ... import backends
 from ...levels import Point
 from ...ops import kernel
-from ...ops.dispatch import is_eager, wants_gradient
+from ...ops.dispatch import is_eager
 from ...plan import Clip, Output, Row, Threshold
 
 _schedulers = diffusers.schedulers
 logger = logging.getLogger("fastgen")
 NOISES = ("torch", "fastgen")
 NO_NOISE: tuple = ((), None, 0)  # normals, seed, sample ids
+_FLOAT32, _OF_SAMPLE, _OF_OUTPUT, _OF_BOTH = 0, 3, 4, 5  # as csrc/quick.cpp has them
 SHOWN = 6  # the slot of what is shown beside the sample: the estimate of x_0
 _KINDS = {"epsilon": "epsilon", "sample": "sample", "original_sample": "sample",
           "v_prediction": "v", "flow_prediction": "flow"}  # fmt: skip
@@ -168,52 +169,57 @@ class _Fast:
         """What ``step`` returns: a row's results, the sample and what is shown beside it, straight
         from the CPU's kernel or by way of every check."""
         normals, seed, ids = noise
-        history = tuple(self._kept[:4]) if self._keeps else ()
-        kind = sample.dtype
-        if kind is not output.dtype:
-            kind = torch.promote_types(kind, output.dtype)
-        casts = self._casts
-        dtypes = [kind if not casts else output.dtype if casts == "output" else sample.dtype]
-        others = row.outputs[1:]
-        if others:
-            wide = torch.float64 if kind is torch.float64 else torch.float32
-            for other in others:
-                dtypes.append(wide if self._upcasts or other.target != SHOWN else kind)
-        results: Sequence[Tensor] = ()
-        fixed = logvar is None and row.threshold is None
-        if fixed and sample.is_cpu and is_eager() and backends._native is not None:
-            if not wants_gradient(sample, output, *normals, *history):
-                own = sample.dtype
-                outs = tuple([
-                    torch.empty_like(sample) if d is own else torch.empty_like(sample, dtype=d)
-                    for d in dtypes
-                ])  # fmt: skip
-                if backends._native.loop_step(
-                    sample, output, None, normals, history, outs, row.packed, 1.0, seed, ids,
-                    index + self._start, kernel.STEP_STREAMS, False, torch.get_num_threads(),
-                ):  # fmt: skip
-                    results = outs
-        if not results:
-            _check("model_output", output, sample)
-            for tensor in normals:
-                _check("noise", tensor, sample)
-            if any(h is not None and h.shape != sample.shape for h in history):
-                raise ValueError(f"sample: got shape {tuple(sample.shape)}, another than the run's")
-            results = kernel.run(
-                sample.shape, row, backend=kernel.choose(None, sample, output, results=dtypes),
-                dtypes=dtypes, device=sample.device, like=sample, x=sample, cond=output,
-                logvar=logvar, history=history, noise=normals, seed=seed, sample_ids=ids,
-                step=index + self._start,
+        outputs = row.outputs
+        shows = outputs[-1].target == SHOWN
+        history = tuple(self._kept) if self._keeps else ()
+        place = index + self._start
+        results: Sequence[Tensor] | None = None
+        if logvar is None and row.threshold is None and is_eager() and backends._native is not None:
+            results = backends._native.scheduler_step(
+                sample, output, normals, history, self._kinds(len(outputs), shows), row.packed,
+                seed, ids, place, kernel.STEP_STREAMS, torch.is_grad_enabled(),
+                torch.get_num_threads(),
             )  # fmt: skip
+        if results is None:
+            results = self._checked(place, row, sample, output, noise, history, logvar)
         if self._keeps:
-            for other, made in zip(others, results[1:], strict=True):
-                if other.target != SHOWN:
-                    self._kept[other.target] = made  # type: ignore[index]
+            for kept, made in zip(outputs[1:], results[1:], strict=True):
+                if kept.target != SHOWN:
+                    self._kept[kept.target] = made  # type: ignore[index]
         if self._counts:
             self._step_index += 1  # type: ignore[operator]
-        shows = bool(others) and others[-1].target == SHOWN
         pair = (results[0], results[-1]) if shows else (results[0],)
         return self._output(*pair) if return_dict else pair
+
+    @classmethod
+    @functools.cache
+    def _kinds(cls, count: int, shows: bool) -> tuple[int, ...]:
+        """The dtype of each result: a place in ``checks.DTYPES``, or _OF_SAMPLE ..."""
+        first = {"": _OF_BOTH, "output": _OF_OUTPUT, "sample": _OF_SAMPLE}[cls._casts]
+        others = [_FLOAT32] * (count - 1)
+        if shows and not cls._upcasts:
+            others[-1] = _OF_BOTH
+        return (first, *others)
+
+    def _checked(self, place: int, row: Row, sample: Tensor, output: Tensor, noise: tuple,
+                 history: tuple, logvar: Tensor | None) -> Sequence[Tensor]:  # fmt: skip
+        """A row's results, by way of every check."""
+        normals, seed, ids = noise
+        _check("model_output", output, sample)
+        for tensor in normals:
+            _check("noise", tensor, sample)
+        if any(h is not None and h.shape != sample.shape for h in history):
+            raise ValueError(f"sample: got shape {tuple(sample.shape)}, another than the run's")
+        both = torch.promote_types(sample.dtype, output.dtype)
+        wide = torch.promote_types(both, torch.float32)
+        kinds = {_OF_SAMPLE: sample.dtype, _OF_OUTPUT: output.dtype, _OF_BOTH: both, _FLOAT32: wide}
+        shows = row.outputs[-1].target == SHOWN
+        dtypes = [kinds[kind] for kind in self._kinds(len(row.outputs), shows)]
+        return kernel.run(
+            sample.shape, row, backend=kernel.choose(None, sample, output, results=dtypes),
+            dtypes=dtypes, device=sample.device, like=sample, x=sample, cond=output,
+            logvar=logvar, history=history, noise=normals, seed=seed, sample_ids=ids, step=place,
+        )  # fmt: skip
 
     _output: Any = _schedulers.scheduling_utils.SchedulerOutput
     _casts = ""  # "output" or "sample": whose dtype diffusers gives its result, else both promoted
