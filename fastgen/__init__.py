@@ -7,6 +7,7 @@ from . import sigmas, solvers
 from .backends import info
 from .levels import NoiseLevels, denoiser_levels, edm_levels, flow_levels
 from .loop import Loop
+from .ops.brownian import brownian
 from .ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .ops.forward import add_noise
 from .ops.guidance import cfg_combine, combine
@@ -31,6 +32,7 @@ __all__ = [
     "Row",
     "Threshold",
     "add_noise",
+    "brownian",
     "cfg_combine",
     "combine",
     "conv_transpose1d",

@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from . import backends, checks
 from .ops import kernel
+from .ops.brownian import motion, tick
 from .ops.dispatch import is_eager, is_plain
 from .plan import MAX_NOISES, MAX_OUTPUTS, Output, Plan, Row
 
@@ -29,7 +30,9 @@ class Loop:
     the plan draws any, unless every step is given its ``noise``. guidance_scale: g, a float or one
     per sample, for steps that are given ``uncond``. guided: whether the network is called once with
     [uncond, cond], so that ``model_input`` and ``time`` have 2 B rows. start: the row to begin
-    with, whose sample x is; its noise is that of a run that came there.
+    with, whose sample x is; its noise is that of a run that came there. brownian: the noise of all
+    steps is one path of ``fastgen.brownian`` over sigma / (alpha + sigma), so that a run of more
+    steps follows the path of one of fewer.
 
     Two buffers hold the sample turn and turn about, and nothing is allocated from step to step: a
     sample is overwritten two steps later, so clone what you keep of ``x``.
@@ -52,6 +55,7 @@ class Loop:
         guidance_scale: float | Sequence[float] | Tensor = 1.0,
         guided: bool = False,
         start: int = 0,
+        brownian: bool = False,
         backend: str | None = None,
     ) -> None:
         checks.instance("plan", plan, Plan)
@@ -77,6 +81,7 @@ class Loop:
         if seed is not None:
             checks.size(x.shape)
             self._seed = checks.seed(seed, self._batch, x.device)
+        self._ticks = _ticks(plan, seed) if brownian else None
         guidance = checks.per_sample("guidance_scale", guidance_scale, self._batch, x.device)
         self._guidance: float | Tensor = guidance
         self._packed_guidance: float | tuple[Tensor, int]
@@ -240,6 +245,11 @@ class Loop:
             raise ValueError("the Loop was made under torch.inference_mode, whose tensors are "
                              "written there alone")  # fmt: skip
         normals = () if noise is None else (noise,) if isinstance(noise, Tensor) else tuple(noise)
+        if self._ticks and not normals and not self.done and self.row.noises:
+            first, last = self._ticks[self.index : self.index + 2]
+            name = kernel.choose(self._backend, self._x.float())
+            normals = (motion(self._x.shape, last, first, True, self._seed, self._ids,
+                              self._x.device, name),)  # fmt: skip
         if self._step_straight(output, uncond, normals):
             return self._x
         with torch.no_grad():
@@ -368,6 +378,20 @@ class Loop:
         backend = kernel.choose(self._backend, x)
         return kernel.run(x.shape, row, backend=backend, dtypes=(x.dtype,), device=x.device,
                           like=x, x=x)[0]  # fmt: skip
+
+
+def _ticks(plan: Plan, seed: object) -> list[int]:
+    """The times of a plan's levels on its Brownian path."""
+    if seed is None:
+        raise ValueError("seed: got None, but the Brownian path is drawn from it")
+    times = [tick(*plan.level(index)) for index in range(len(plan) + 1)]
+    for index, row in enumerate(plan.rows):
+        if row.noises > 1 or (row.noises and times[index] <= times[index + 1]):
+            raise ValueError(
+                f"brownian: rows[{index}] of {plan.solver or 'the plan'} does not go down a noise "
+                "level with one normal an element"
+            )
+    return times
 
 
 def _lacking(plan: Plan, start: int, there: set[str]) -> str | None:

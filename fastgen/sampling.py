@@ -36,6 +36,7 @@ def sample(
     guidance_scale: float | Sequence[float] | Tensor | None = None,
     cond: Any = None,
     uncond: Any = None,
+    brownian: bool = False,
     progress: bool = False,
     callback: Callable[[Loop], None] | None = None,
     dtype: torch.dtype | None = None,
@@ -62,6 +63,8 @@ def sample(
         u + g (c - u); with g = 1.0 it is called with cond alone, which gives the same. A tensor of
         one row is that of every sample. What is no tensor, or has no dims, goes to the network as
         it is, and must be the same in both.
+    brownian: whether the noise of all steps is one path, which does not change with their number:
+        see ``Loop``.
     progress: shows a bar. callback: called with the ``Loop`` after every step; it may assign
         to ``loop.x``, and must clone what it keeps of it, since a later step overwrites it.
 
@@ -101,6 +104,7 @@ def sample(
         guidance_scale=guidance_scale if guided else 1.0,  # type: ignore[arg-type]
         guided=guided,
         start=start,
+        brownian=brownian,
     )
     if state is not None:
         loop.load_state_dict(state)

@@ -1,0 +1,118 @@
+"""Brownian motion as a function of (seed, sample id, time, element): a tree without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..plan import INPUTS, MAX_OUTPUTS, ROW_FLOATS
+from . import kernel
+
+BROWNIAN = 7  # its stream in the noise contract
+DEPTH = 23  # of the tree: times are multiples of 2^-DEPTH
+_TICKS = 1 << DEPTH
+_NOISE = 8 + MAX_OUTPUTS * len(INPUTS)
+
+
+def brownian(
+    shape: Sequence[int],
+    start: float,
+    end: float,
+    *,
+    seed: int | Sequence[int] | Tensor,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    normalized: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """W(end) - W(start) of a standard Brownian motion W on [0, 1], one an element.
+
+    The same W for the same seed and sample id, however the time between is cut into steps: Levy's
+    construction, W(t) = t z_0 + sum of the tent functions of dyadic intervals, each times a normal
+    of its own (stream 7 of the noise contract, the interval's number as step). At most 47 normals
+    an element are drawn, and none is kept.
+
+    start, end: in [0, 1], rounded to multiples of 2^-23. normalized: divided by
+    sqrt(|end - start|), a standard normal. The rest as for ``randn``.
+
+    Returns (B, ...). Raises TypeError or ValueError for what does not fit, and for normalized where
+    the times are the same multiple.
+    """
+    ticks = []
+    for name, time in (("start", start), ("end", end)):
+        if not 0.0 <= checks.number(name, time) <= 1.0:
+            raise ValueError(f"{name}: got {time}, expected a number in [0, 1]")
+        ticks.append(round(time * _TICKS))
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape: got {type(shape).__name__}, expected a sequence of integers")
+    shape = tuple(checks.integer("shape", n, 0) for n in shape)
+    if not shape:
+        raise ValueError("shape: got (), expected the batch as dimension 0")
+    checks.size(shape)
+    device = torch.empty(0, device=device).device
+    key = checks.seed(seed, shape[0], device)
+    ids = checks.sample_ids(sample_ids, shape[0], device)
+    if normalized and ticks[0] == ticks[1]:
+        raise ValueError(f"start, end: {start} and {end} are less than 2^-{DEPTH} apart")
+    name = backends.choose("step", backend, device, torch.float32)
+    made = motion(shape, *ticks, normalized, key, ids, device, name)
+    return made if dtype is None else made.to(dtype)
+
+
+def tick(alpha: float, sigma: float) -> int:
+    """The time of a noise level, sigma / (alpha + sigma), in ticks."""
+    return round(sigma / (alpha + sigma) * _TICKS)
+
+
+def motion(
+    shape: Sequence[int],
+    start: int,
+    end: int,
+    normalized: bool,
+    key: kernel.Seed,
+    ids: int | Tensor,
+    device: torch.device,
+    backend: str,
+) -> Tensor:
+    """``brownian`` of checked arguments, with times in ticks."""
+    scale = (abs(end - start) / _TICKS) ** -0.5 if normalized else 1.0
+    total = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
+    nodes = _increment(start, end)
+    rows = _rows([scale * factor for _, factor in nodes], device)
+    for row, (node, _) in zip(rows.split(1), nodes, strict=True):
+        kernel.run(shape, row, backend=backend, dtypes=(torch.float32,), device=device, x=total,
+                   seed=key, sample_ids=ids, step=node, streams=(BROWNIAN,),
+                   out=[total])  # fmt: skip
+    return total
+
+
+def _increment(start: int, end: int) -> list[tuple[int, float]]:
+    """(node, factor) of W(end) - W(start), times in ticks. Node 0 is W(1); 2^l + k the k-th
+    interval, of 2^-l, whose tent has the height sqrt(2^-l) / 2."""
+    parts = [(0, (end - start) / _TICKS)]
+    for time, sign in ((end, 1.0), (start, -1.0)):
+        for level in range(DEPTH):
+            width = _TICKS >> level
+            k, rest = divmod(time, width)
+            if rest:
+                tent = min(rest, width - rest) / width
+                parts.append(((1 << level) + k, sign * tent * 2.0 ** (-0.5 * level)))
+    parts.sort(key=itemgetter(0))
+    summed = [(node, sum(f for _, f in same)) for node, same in groupby(parts, itemgetter(0))]
+    return [(node, factor) for node, factor in summed if factor != 0.0]
+
+
+def _rows(factors: list[float], device: torch.device) -> Tensor:
+    """(n, 72): each adds its normal, times its factor, to x."""
+    rows = np.zeros((len(factors), ROW_FLOATS), dtype=np.float32)
+    rows[:, 2], rows[:, 3] = -np.inf, np.inf
+    rows[:, 8] = 1.0
+    rows[:, _NOISE] = factors
+    return torch.from_numpy(rows).to(device)
