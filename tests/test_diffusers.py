@@ -75,6 +75,32 @@ CONFIGS = {
     "PNDMScheduler": [
         {"skip_prk_steps": True}, {"skip_prk_steps": True, "steps_offset": 1},
         {"skip_prk_steps": True, "prediction_type": "v_prediction", "set_alpha_to_one": True}, {},
+        {"prediction_type": "v_prediction", "timestep_spacing": "linspace"},
+    ],
+    "DPMSolverSinglestepScheduler": [
+        {}, {"solver_order": 1}, {"solver_order": 3}, {"solver_type": "heun"}, FLOW,
+        {"solver_order": 3, "solver_type": "heun", **LAST}, {"algorithm_type": "dpmsolver", **LAST},
+        {"algorithm_type": "dpmsolver", "solver_order": 3, "solver_type": "heun", **LAST},
+        {"algorithm_type": "sde-dpmsolver++"}, {"prediction_type": "v_prediction"},
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "prediction_type": "sample"},
+        {"use_karras_sigmas": True, **LAST}, {"lower_order_final": True}, DYNAMIC,
+    ],
+    "DPMSolverMultistepInverseScheduler": [
+        {}, {"solver_order": 1}, {"solver_order": 3}, {"solver_type": "heun"}, FLOW,
+        {"algorithm_type": "dpmsolver"}, {"use_karras_sigmas": True, "euler_at_final": True},
+        {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+        {"algorithm_type": "dpmsolver", "solver_order": 3, "timestep_spacing": "leading"}, DYNAMIC,
+    ],
+    "EDMDPMSolverMultistepScheduler": [
+        {}, {"solver_order": 1}, {"solver_order": 3}, {"solver_type": "heun"}, LAST,
+        {"algorithm_type": "sde-dpmsolver++"}, {"prediction_type": "v_prediction"},
+        {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "lower_order_final": False},
+        {"sigma_schedule": "exponential", "euler_at_final": True, "sigma_max": 20.0}, DYNAMIC,
+    ],
+    "SASolverScheduler": [
+        {}, {"predictor_order": 1}, {"corrector_order": 1}, {"algorithm_type": "noise_prediction"},
+        {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}, FLOW, DYNAMIC,
+        {"use_karras_sigmas": True, "lower_order_final": False}, {"tau_func": lambda t: 0.6},
     ],
     "EDMEulerScheduler": [{}, {"prediction_type": "v_prediction"}, {"sigma_max": 20.0}],
     "TCDScheduler": [{}, {"prediction_type": "v_prediction"}],
@@ -160,7 +186,8 @@ def test_half_precision_stays_what_it_is(name):
 
 STOCHASTIC = {
     "DDIMScheduler": {"eta": 1.0}, "DDPMScheduler": {}, "EulerAncestralDiscreteScheduler": {},
-    "LCMScheduler": {}, "DPMSolverMultistepScheduler": {},
+    "LCMScheduler": {}, "DPMSolverMultistepScheduler": {}, "DPMSolverSinglestepScheduler": {},
+    "EDMDPMSolverMultistepScheduler": {}, "SASolverScheduler": {},
 }  # fmt: skip
 
 
@@ -193,7 +220,8 @@ def test_a_run_may_begin_late():
     assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
     for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
                  "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "LCMScheduler",
-                 "TCDScheduler", "DEISMultistepScheduler"):  # fmt: skip
+                 "TCDScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler",
+                 "EDMDPMSolverMultistepScheduler", "SASolverScheduler"):  # fmt: skip
         theirs = getattr(diffusers, name)()
         ours = fast.convert(theirs)
         for scheduler in (theirs, ours):

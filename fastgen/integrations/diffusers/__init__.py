@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers.utils import is_torchsde_available
+
 from .base import _CLASSES, diffusers, logger
 from .by_sigma import (
     EDMEulerScheduler,
@@ -36,13 +38,19 @@ from .by_timestep import (
     DDPMParallelScheduler,
     DDPMScheduler,
 )
+from .dpm import (
+    DPMSolverMultistepInverseScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+)
 from .few_step import FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from .multistep import (
     DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
     IPNDMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -77,7 +85,10 @@ __all__ = [
     "DDPMParallelScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
@@ -89,7 +100,13 @@ __all__ = [
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "SASolverScheduler",
     "TCDScheduler",
     "UniPCMultistepScheduler",
     "convert",
 ]
+
+if is_torchsde_available():
+    from .sde import CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler
+
+    __all__ += ["CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"]

@@ -79,7 +79,31 @@ class _BySigma(_Fast):
                          estimate_of(self._prediction, alpha, sigma))  # fmt: skip
 
         end = at(ratios[-1]) if ratios[-1] > 0.0 else Point(1.0, 0.0)
-        return NoiseLevels(tuple(map(at, ratios[:-1])), end, at)
+        return self._ladder(tuple(map(at, ratios[:-1])), end, at)
+
+    _ladder = NoiseLevels
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether what is predicted belongs to other paths than the sigmas, where diffusers has
+        formulas of its own."""
+        straight = bool(getattr(self.config, "use_flow_sigmas", False))
+        return (self._prediction == "flow") != straight and self._prediction in ("flow", "v")
+
+    @property
+    def _stays(self) -> bool:
+        """Whether the last step goes nowhere: the run ends on its last level, as with
+        final_sigmas_type="sigma_min" and with sigmas of another spacing."""
+        sigmas = self._run
+        return sigmas[-1] > 0.0 and math.isclose(sigmas[-1], sigmas[-2], rel_tol=1e-6)
+
+    def _to_the_end(self, steps: Callable[[list[float]], Sequence[Row]]) -> list[Row]:
+        """The rows of steps along sigmas, and of a last one that goes nowhere."""
+        sigmas = self._run
+        if not self._stays:
+            return list(steps(sigmas))
+        rows = list(steps(sigmas[:-1])) if len(sigmas) > 2 else []
+        return [*rows, Row((Output({"x": 1.0}),), model_time=sigmas[-1])]
 
     def _orders(self) -> list[int]:
         """Of each step of a multistep method: rising, and falling again at the end of few steps."""
@@ -162,17 +186,21 @@ class EulerAncestralDiscreteScheduler(_BySigma, diffusers.EulerAncestralDiscrete
         return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
+class _Edm(_BySigma):
+    """With the preconditioning of Karras et al. (2022), or, as v, that of Evans et al. (2024)."""
+
+    def _estimate_at(self, sigma: float) -> tuple[float, float]:
+        of_x, of_e = estimate_of("edm", 1.0, sigma, self.config.sigma_data)
+        return of_x, of_e if self._prediction == "epsilon" else -of_e
+
+
 @_register
-class EDMEulerScheduler(_BySigma, diffusers.EDMEulerScheduler):
+class EDMEulerScheduler(_Edm, diffusers.EDMEulerScheduler):
     _output = _schedulers.scheduling_edm_euler.EDMEulerSchedulerOutput
     _upcasts, _casts, _keeps = True, "output", False
 
     def _build(self) -> list[Row]:
         return self._eulers(solvers.euler)
-
-    def _estimate_at(self, sigma: float) -> tuple[float, float]:
-        of_x, of_e = estimate_of("edm", 1.0, sigma, self.config.sigma_data)
-        return of_x, of_e if self._prediction == "epsilon" else -of_e
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True, pred_original_sample=None):  # fmt: skip

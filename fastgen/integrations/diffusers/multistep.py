@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import diffusers
-import torch
 
 from ... import solvers
 from ...plan import Output, Row
-from ...solvers.dpm import _multistep
 from ...solvers.multistep import ADAMS_BASHFORTH, _adams, log_level
-from ...solvers.rows import combined
+from ...solvers.rows import Weights, combined
+from ...solvers.sa import _sa
 from .base import (
     NO_NOISE,
     _Fast,
@@ -43,36 +45,6 @@ class LMSDiscreteScheduler(_BySigma, diffusers.LMSDiscreteScheduler):
             return super().step(model_output, timestep, sample, order, return_dict)
         row = self._variant(order)[index]
         return self._stepped(index, row, sample, model_output, NO_NOISE, return_dict)
-
-
-@_register
-class DPMSolverMultistepScheduler(_BySigma, diffusers.DPMSolverMultistepScheduler):
-    def _leaves(self) -> bool:
-        config = self.config
-        flows = self._prediction == "flow" and not config.algorithm_type.endswith("++")
-        return super()._leaves() or config.variance_type is not None or flows
-
-    def _build(self) -> list[Row]:
-        config, orders = self.config, self._orders()
-        self._sde = config.algorithm_type.startswith("sde")
-        if config.euler_at_final or config.final_sigmas_type == "zero":
-            orders[-1] = 1
-        return list(_multistep(
-            self._preserving(self._run), self._clips, "dpm", order=config.solver_order,
-            noise=not config.algorithm_type.endswith("++"), kind=config.solver_type,
-            eta=float(self._sde), orders=orders, published=True,
-        ).rows)  # fmt: skip
-
-    def step(self, model_output, timestep, sample, generator=None, variance_noise=None,
-             return_dict=True):  # fmt: skip
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, generator, variance_noise,
-                                return_dict)  # fmt: skip
-        row, sde = self._rows[index], self._sde
-        given = variance_noise if sde else None
-        noise = self._normals(row, model_output, generator, given, sde, torch.float32)
-        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 @_register
@@ -122,46 +94,114 @@ class IPNDMScheduler(_Plain, diffusers.IPNDMScheduler):
 
 
 @_register
+class SASolverScheduler(_BySigma, diffusers.SASolverScheduler):
+    _casts = "sample"
+
+    @functools.wraps(diffusers.SASolverScheduler.__init__)  # type: ignore[misc]
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.config.tau_func is None:  # a lambda there, which keeps it from being pickled
+            del self.tau_func
+
+    @staticmethod
+    def tau_func(t: Any) -> float:
+        """diffusers' default."""
+        return 1.0 if 200 <= t <= 800 else 0.0
+
+    def _leaves(self) -> bool:
+        config = self.config
+        flows = self._prediction == "flow" and not self.predict_x0
+        orders = config.predictor_order, config.corrector_order
+        return (super()._leaves() or config.variance_type is not None or flows or self._mixed
+                or not all(1 <= order <= 4 for order in orders))  # fmt: skip
+
+    def _build(self) -> list[Row]:
+        config, sigmas, stays = self.config, self._run, self._stays
+        levels = self._preserving(sigmas[:-1] if stays else sigmas)
+        times = self.timesteps[self._start : self._start + len(levels)]
+        return list(_sa(
+            levels, self._clips, config.predictor_order, config.corrector_order,
+            [float(self.tau_func(t)) for t in times], self.predict_x0, config.lower_order_final,
+            stays, True,
+        ).rows)  # fmt: skip
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        row = self._rows[index]
+        noise = self._normals(row, model_output, generator, None, True)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
+
+
+@_register
 class PNDMScheduler(_Fast, diffusers.PNDMScheduler):
-    """Without its Runge-Kutta steps, as latent diffusion uses it. ``counter`` counts its calls."""
+    """``counter`` counts its calls. Slots 0 to 2: estimates of the noise; 3 and 4: the sum of a
+    Runge-Kutta step and its first sample. Without those steps, as latent diffusion uses it, the
+    second call, at the second timestep, corrects the first one."""
 
     _counts = False
     _grid: list[int]
 
     def _leaves(self) -> bool:
-        return not self.config.skip_prk_steps or self._prediction == "sample"
+        return self._prediction == "sample"
 
     def _build(self) -> list[Row]:
         ratio = self.config.num_train_timesteps // (self.num_inference_steps or 1)
-        table, final = self.alphas_cumprod.tolist(), float(self.final_alpha_cumprod)
-        self._grid, rows = self.timesteps.tolist()[self._start :], []
-        for i, t in enumerate(self._grid):
-            # the second call, at the second timestep, corrects the first step
-            at, to = (t + ratio, t) if i == 1 else (t, t - ratio)
-            x = {"h3": 1.0} if i == 1 else {"x": 1.0}
-            kept = i - 1 if i else 0  # which estimate this call's is, but for the second's
-            keep: dict[int, dict[str, float]] = {} if i == 1 else {kept % 3: {"e": 1.0}}
-            if i == 0:
-                keep[3] = {"x": 1.0}
-            if i == 1:
+        self._grid = self._host_timesteps[self._start :]
+        plain = self.config.skip_prk_steps
+        if not plain and self._start:
+            raise ValueError("begun within its Runge-Kutta steps")
+        rows = [] if plain else self._runge_kutta(ratio // 2)
+        for i, t in list(enumerate(self._grid))[len(rows) :]:
+            again = plain and i == 1
+            at, to = (t + ratio, t) if again else (t, t - ratio)
+            x = {"h4": 1.0} if again else {"x": 1.0}
+            kept = i - 9 if not plain else i - 1 if i else 0  # which estimate this call's is
+            keep: dict[int, dict[str, float]] = {} if again else {kept % 3: {"e": 1.0}}
+            if plain and i == 0:
+                keep[4] = {"x": 1.0}
+            if again:
                 noise = {"e": 0.5, "h0": 0.5}
             else:
                 factors = ADAMS_BASHFORTH[min(kept, 3)]
                 former = [{f"h{(kept - k) % 3}": 1.0} for k in range(1, len(factors))]
                 noise = combined(*zip(factors, [{"e": 1.0}, *former], strict=True))
-            a_t, a_s = table[at], table[to] if to >= 0 else final
-            if self._prediction == "v":
-                noise = combined((math.sqrt(a_t), noise), (math.sqrt(1.0 - a_t), x))
-            below = a_t * math.sqrt(1.0 - a_s) + math.sqrt(a_t * (1.0 - a_t) * a_s)
-            weights = combined((math.sqrt(a_s / a_t), x), ((a_t - a_s) / below, noise))
-            outputs = [Output(weights), *(Output(w, target=slot) for slot, w in keep.items())]
-            rows.append(Row(tuple(outputs), model_time=float(t)))
+            rows.append(self._row(t, at, to, x, noise, keep))
         return rows
 
+    def _runge_kutta(self, half: int) -> list[Row]:
+        rows = []
+        for i, t in enumerate(self._grid[: len(self.prk_timesteps)]):
+            place, to = i % 4, t if i % 2 else t - half
+            at = self._grid[i - place]
+            share = 1 / 3 if place in (1, 2) else 1 / 6
+            total = {"h3": 1.0 if place else 0.0, "e": share}
+            if place == 3:
+                rows.append(self._row(t, at, to, {"h4": 1.0}, total, {}))
+                continue
+            keep: dict[int, dict[str, float]] = {3: total}
+            if place == 0:
+                keep |= {i // 4: {"e": 1.0}, 4: {"x": 1.0}}
+            rows.append(self._row(t, at, to, {"h4" if place else "x": 1.0}, {"e": 1.0}, keep))
+        return rows
+
+    def _row(self, t: int, at: int, to: int, x: Weights, noise: Weights,
+             keep: Mapping[int, Weights]) -> Row:  # fmt: skip
+        """Liu et al. (2022), eq. 9."""
+        table = self.alphas_cumprod
+        a_t, a_s = float(table[at]), float(table[to] if to >= 0 else self.final_alpha_cumprod)
+        if self._prediction == "v":
+            noise = combined((math.sqrt(a_t), noise), (math.sqrt(1.0 - a_t), x))
+        below = a_t * math.sqrt(1.0 - a_s) + math.sqrt(a_t * (1.0 - a_t) * a_s)
+        weights = combined((math.sqrt(a_s / a_t), x), ((a_t - a_s) / below, noise))
+        outputs = [Output(weights), *(Output(w, target=slot) for slot, w in keep.items())]
+        return Row(tuple(outputs), model_time=float(t))
+
     def step(self, model_output, timestep, sample, return_dict=True):
-        index, t = self.counter, int(timestep)
+        index, t = self.counter, int(self._value(timestep))
         if index == 0 and self.num_inference_steps is not None:
-            places = self.timesteps.tolist()
+            places = self._host_timesteps
             if t not in places:
                 return super().step(model_output, timestep, sample, return_dict)
             self._begin(places.index(t))
