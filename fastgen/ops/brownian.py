@@ -45,11 +45,7 @@ def brownian(
     Returns (B, ...). Raises TypeError or ValueError for what does not fit, and for normalized where
     the times are the same multiple.
     """
-    ticks = []
-    for name, time in (("start", start), ("end", end)):
-        if not 0.0 <= checks.number(name, time) <= 1.0:
-            raise ValueError(f"{name}: got {time}, expected a number in [0, 1]")
-        ticks.append(round(time * _TICKS))
+    first, last = _ticks("start", start), _ticks("end", end)
     if not isinstance(shape, Sequence):
         raise TypeError(f"shape: got {type(shape).__name__}, expected a sequence of integers")
     shape = tuple(checks.integer("shape", n, 0) for n in shape)
@@ -59,11 +55,17 @@ def brownian(
     device = torch.empty(0, device=device).device
     key = checks.seed(seed, shape[0], device)
     ids = checks.sample_ids(sample_ids, shape[0], device)
-    if normalized and ticks[0] == ticks[1]:
+    if normalized and first == last:
         raise ValueError(f"start, end: {start} and {end} are less than 2^-{DEPTH} apart")
     name = backends.choose("step", backend, device, torch.float32)
-    made = motion(shape, *ticks, normalized, key, ids, device, name)
+    made = motion(shape, first, last, normalized, key, ids, device, name)
     return made if dtype is None else made.to(dtype)
+
+
+def _ticks(name: str, time: float) -> int:
+    if not 0.0 <= checks.number(name, time) <= 1.0:
+        raise ValueError(f"{name}: got {time}, expected a number in [0, 1]")
+    return round(time * _TICKS)
 
 
 def tick(alpha: float, sigma: float) -> int:

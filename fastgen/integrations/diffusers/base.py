@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 try:
     import diffusers
@@ -27,8 +28,21 @@ _schedulers = diffusers.schedulers
 logger = logging.getLogger("fastgen")
 NOISES = ("torch", "fastgen")
 NO_NOISE: tuple = ((), None, 0)  # normals, seed, sample ids
-_FLOAT32, _OF_SAMPLE, _OF_OUTPUT, _OF_BOTH = 0, 3, 4, 5  # as csrc/quick.cpp has them
 SHOWN = 6  # the slot of what is shown beside the sample: the estimate of x_0
+# The dtype of each result, as csrc/quick.cpp has them: that of the sample, of the network's output,
+# of both together, or float32. By (_casts, _upcasts, how many, whether something is shown).
+_FLOAT32, _OF_SAMPLE, _OF_OUTPUT, _OF_BOTH = 0, 3, 4, 5
+_RESULTS = {
+    (casts, upcasts, count, shows): (
+        {"": _OF_BOTH, "output": _OF_OUTPUT, "sample": _OF_SAMPLE}[casts],
+        *[_FLOAT32] * (count - 1 - shows),
+        *[_FLOAT32 if upcasts else _OF_BOTH] * shows,
+    )
+    for casts in ("", "output", "sample")
+    for upcasts in (False, True)
+    for count in range(1, 5)
+    for shows in (False, True)
+}
 _KINDS = {"epsilon": "epsilon", "sample": "sample", "original_sample": "sample",
           "v_prediction": "v", "flow_prediction": "flow"}  # fmt: skip
 _CLASSES: dict[str, Any] = {}
@@ -39,6 +53,20 @@ def _is_whole(timestep: Any) -> bool:
     if isinstance(timestep, Tensor):
         return timestep.dtype in (torch.int32, torch.int64)
     return isinstance(timestep, int)
+
+
+def element_of(tensor: Tensor, element: Any) -> int | None:
+    """Which element of a tensor of one dim a view of it is, by its place in memory: known without a
+    look at a device. None for any other tensor, and for one that is not on a device."""
+    if not isinstance(element, Tensor) or element.is_cpu or is_compiling():
+        return None
+    if element.numel() != 1 or element.dtype != tensor.dtype or element.device != tensor.device:
+        return None
+    if element.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
+        return None
+    offset = int(element.storage_offset()) - int(tensor.storage_offset())
+    place, rest = divmod(offset, tensor.stride(0))
+    return place if rest == 0 and 0 <= place < len(tensor) else None
 
 
 def _check(name: str, given: Tensor, sample: Tensor) -> None:
@@ -62,11 +90,21 @@ def _estimate(row: Row, at: Point) -> dict[str, float]:
     return {"x": at.estimate[0], "e": at.estimate[1]}
 
 
+def _constant(method: Any) -> Any:
+    """A method whose result is a constant to torch.compile, made when the graph is."""
+    method._dynamo_marked_constant = True
+    return method
+
+
 class _Fast:
     """What all classes share; ``_build`` gives the rows of a run, one a call of ``step``."""
 
     _noise, _compat = "torch", ""
     _rows: Any = None  # of the run, a list once its first step is taken
+    _times: list[float] | None = None  # the timesteps, where they are on a device
+    _levels_of: Tensor | None = None
+    _host_levels: list[float] = []  # noqa: RUF012
+    _fresh: dict[str, Any]  # what set_timesteps left
     _start = 0  # the step where the run began
     _kept: list[Tensor | None]
     _seeds: tuple[kernel.Seed, int | Tensor] | None = None
@@ -76,6 +114,7 @@ class _Fast:
     alphas_cumprod: Tensor
     num_inference_steps: int | None
     step_index: int | None
+    begin_index: int | None
     _step_index: int | None
     _init_step_index: Callable[[Any], None]
     step: Callable[..., Any]
@@ -97,30 +136,70 @@ class _Fast:
         new._noise, new._compat = noise, compat
         return made
 
+    def new_loop(self) -> Any:
+        """A scheduler of the same timesteps for a run of its own, as ``set_timesteps`` left this
+        one: the numbers are shared, the state of the run is not. For threads, a scheduler each.
+
+        Raises ValueError before ``set_timesteps``."""
+        if "_fresh" not in vars(self):
+            raise ValueError("new_loop: run 'set_timesteps' first")
+        new = _revived(type(self).__name__)
+        made = vars(self) if self._rows is not None and self._start == 0 else {}
+        state = {name: value for name, value in made.items() if name not in self._fresh}
+        vars(new).update({name: _own(value) for name, value in self._fresh.items()} | state)
+        new._fresh, new._rows = self._fresh, made.get("_rows")
+        new._kept, new._seeds = [None] * 7, None
+        return new
+
     def __reduce__(self) -> Any:
         return _revived, (type(self).__name__,), self.__dict__
 
     def _begin(self, start: int = 0) -> None:
         """Rows of a run from a step on: the first ones of a multistep method read nothing yet."""
         if self._rows is None or start != self._start:
-            self._start, self._left = start, self._leaves()
-            self._rows = [] if self._left else self._built()
+            self._start = start
+            rows = self._built(start)
+            self._left = rows is None
+            self._rows = [] if rows is None else rows
         self._kept, self._seeds = [None] * 7, None
 
-    def _built(self) -> list[Row]:
-        """The run's rows; levels that are no ladder down to data are left to diffusers."""
+    @_constant
+    def _built(self, start: int) -> list[Row] | None:
+        """The rows of a run from a step on; None where it is diffusers' own, as levels are that are
+        no ladder down to data."""
+        if self._leaves():
+            return None
         sigmas = getattr(self, "sigmas", None)
         if sigmas is not None and bool(sigmas.isnan().any()):
             raise ValueError("sigmas: got NaN, expected finite numbers")
+        self._start = start
         try:
             rows = self._build()
-            if self._counts and len(rows) != len(self.timesteps) - self._start:
+            if self._counts and len(rows) != len(self.timesteps) - start:
                 raise ValueError("timesteps that repeat")
             return rows
         except ValueError as error:
             logger.info("%s: step is diffusers' own: %s", type(self).__name__, error)
-            self._left = True
-            return []
+            return None
+
+    @property
+    def _host_timesteps(self) -> list[Any]:
+        """The timesteps, on the host."""
+        return self.timesteps.tolist() if self._times is None else self._times
+
+    def _value(self, timestep: Any) -> Any:
+        """A timestep's number; one of ``timesteps`` on a device is not waited for."""
+        element = None if self._times is None else element_of(self.timesteps, timestep)
+        if element is not None and self._times is not None:
+            return self._times[element]
+        return timestep.item() if isinstance(timestep, Tensor) else timestep
+
+    @property
+    def _alpha_bars(self) -> list[float]:
+        """alphas_cumprod on the host, which add_noise moves to its device."""
+        if self._levels_of is not self.alphas_cumprod and self.alphas_cumprod.is_cpu:
+            self._levels_of, self._host_levels = self.alphas_cumprod, self.alphas_cumprod.tolist()
+        return self._host_levels or self.alphas_cumprod.tolist()
 
     def _leaves(self) -> bool:
         """Whether this configuration is diffusers' own to step."""
@@ -163,25 +242,28 @@ class _Fast:
         return ((z,) if row.noises else ()), None, 0
 
     def _stepped(
-        self, index: int, row: Row, sample: Tensor, output: Tensor, noise: tuple,
-        return_dict: bool, logvar: Tensor | None = None,
+        self, index: int | Tensor, row: Row, sample: Tensor, output: Tensor, noise: tuple,
+        return_dict: bool, logvar: Tensor | None = None, table: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """What ``step`` returns: a row's results, the sample and what is shown beside it, straight
-        from the CPU's kernel or by way of every check."""
+        from the CPU's kernel or by way of every check. table: of which an index on the device
+        chooses the row."""
         normals, seed, ids = noise
         outputs = row.outputs
         shows = outputs[-1].target == SHOWN
         history = tuple(self._kept) if self._keeps else ()
         place = index + self._start
+        codes = _RESULTS[self._casts, self._upcasts, len(outputs), shows]
         results: Sequence[Tensor] | None = None
-        if logvar is None and row.threshold is None and is_eager() and backends._native is not None:
+        fixed = logvar is None and table is None and row.threshold is None
+        if fixed and is_eager() and backends._native is not None:
             results = backends._native.scheduler_step(
-                sample, output, normals, history, self._kinds(len(outputs), shows), row.packed,
-                seed, ids, place, kernel.STEP_STREAMS, torch.is_grad_enabled(),
-                torch.get_num_threads(),
+                sample, output, normals, history, codes, row.packed, seed, ids, place,
+                kernel.STEP_STREAMS, torch.is_grad_enabled(), torch.get_num_threads(),
             )  # fmt: skip
         if results is None:
-            results = self._checked(place, row, sample, output, noise, history, logvar)
+            results = self._checked(place, row, sample, output, noise, history, logvar, table,
+                                    codes)  # fmt: skip
         if self._keeps:
             for kept, made in zip(outputs[1:], results[1:], strict=True):
                 if kept.target != SHOWN:
@@ -191,18 +273,10 @@ class _Fast:
         pair = (results[0], results[-1]) if shows else (results[0],)
         return self._output(*pair) if return_dict else pair
 
-    @classmethod
-    @functools.cache
-    def _kinds(cls, count: int, shows: bool) -> tuple[int, ...]:
-        """The dtype of each result: a place in ``checks.DTYPES``, or _OF_SAMPLE ..."""
-        first = {"": _OF_BOTH, "output": _OF_OUTPUT, "sample": _OF_SAMPLE}[cls._casts]
-        others = [_FLOAT32] * (count - 1)
-        if shows and not cls._upcasts:
-            others[-1] = _OF_BOTH
-        return (first, *others)
-
-    def _checked(self, place: int, row: Row, sample: Tensor, output: Tensor, noise: tuple,
-                 history: tuple, logvar: Tensor | None) -> Sequence[Tensor]:  # fmt: skip
+    def _checked(
+        self, place: int | Tensor, row: Row, sample: Tensor, output: Tensor, noise: tuple,
+        history: tuple, logvar: Tensor | None, table: Tensor | None, codes: tuple[int, ...],
+    ) -> Sequence[Tensor]:  # fmt: skip
         """A row's results, by way of every check."""
         normals, seed, ids = noise
         _check("model_output", output, sample)
@@ -213,12 +287,14 @@ class _Fast:
         both = torch.promote_types(sample.dtype, output.dtype)
         wide = torch.promote_types(both, torch.float32)
         kinds = {_OF_SAMPLE: sample.dtype, _OF_OUTPUT: output.dtype, _OF_BOTH: both, _FLOAT32: wide}
-        shows = row.outputs[-1].target == SHOWN
-        dtypes = [kinds[kind] for kind in self._kinds(len(row.outputs), shows)]
+        dtypes = [kinds[code] for code in codes]
+        step, row_index = (0, place) if isinstance(place, Tensor) else (place, None)
         return kernel.run(
-            sample.shape, row, backend=kernel.choose(None, sample, output, results=dtypes),
-            dtypes=dtypes, device=sample.device, like=sample, x=sample, cond=output,
-            logvar=logvar, history=history, noise=normals, seed=seed, sample_ids=ids, step=place,
+            sample.shape, row if table is None else table,
+            backend=kernel.choose(None, sample, output, results=dtypes), dtypes=dtypes,
+            device=sample.device, like=sample, x=sample, cond=output, logvar=logvar,
+            history=history, noise=normals, seed=seed, sample_ids=ids, step=step,
+            row_index=row_index,
         )  # fmt: skip
 
     _output: Any = _schedulers.scheduling_utils.SchedulerOutput
@@ -245,6 +321,11 @@ def _seeds(generator: Any, output: Tensor) -> tuple[kernel.Seed, int | Tensor]:
     return (seeds, 1), torch.zeros_like(seeds)
 
 
+def _own(value: Any) -> Any:
+    """A container of its own with the same contents."""
+    return type(value)(value) if type(value) in (list, dict) else value
+
+
 def _revived(name: str) -> Any:
     return _CLASSES[name].__new__(_CLASSES[name])
 
@@ -256,7 +337,11 @@ def _register(cls: Any) -> Any:
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self, *args, **kwargs):
         base.set_timesteps(self, *args, **kwargs)
-        self._rows = None
+        self._rows = self._times = None
+        self._fresh = {name: _own(value) for name, value in vars(self).items() if name != "_fresh"}
+        if not self.timesteps.is_cpu:  # its numbers are read now, where a step would wait for them
+            self._times = self.timesteps.tolist()
+            self._begin()
 
     cls.set_timesteps = set_timesteps
     step = cls.step  # a function of this class's own, which a family of classes may share

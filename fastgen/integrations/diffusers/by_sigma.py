@@ -21,6 +21,7 @@ from .base import (
     _register,
     _schedulers,
     _showing,
+    element_of,
 )
 
 
@@ -35,7 +36,7 @@ class _BySigma(_Fast):
             if self.num_inference_steps is None:  # for diffusers to serve or to refuse
                 return -1
             if place is None:
-                self._init_step_index(timestep)
+                self._find(timestep)
             place = self._step_index
             assert place is not None
             self._begin(place)
@@ -45,6 +46,17 @@ class _BySigma(_Fast):
         if index >= len(self._rows):
             raise IndexError("all steps were taken; run 'set_timesteps' again")
         return index
+
+    def _find(self, timestep: Any) -> None:
+        """The index of a run's first step, as diffusers finds it, but without a wait for a device
+        that has the timesteps."""
+        known = self._times is not None and element_of(self.timesteps, timestep) is not None
+        if not known or getattr(self, "begin_index", None) is not None:
+            self._init_step_index(timestep)
+            return
+        value = self._value(timestep)
+        places = [i for i, time in enumerate(self._host_timesteps) if time == value]
+        self._step_index = places[min(1, len(places) - 1)]
 
     @property
     def _run(self) -> list[float]:
@@ -235,8 +247,8 @@ class _Kdpm2(_BySigma):
     def _leaves(self) -> bool:
         return self._prediction == "sample"
 
-    def _stepped(self, index: int, row: Row, sample: Tensor, *others: Any) -> Any:
-        result = super()._stepped(index, row, sample, *others)
+    def _stepped(self, index: Any, row: Row, sample: Tensor, *others: Any, **named: Any) -> Any:
+        result = super()._stepped(index, row, sample, *others, **named)
         self.sample = sample if index % 2 == 0 else None
         return result
 

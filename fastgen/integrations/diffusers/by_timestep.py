@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
 
 from ...levels import Point, estimate_of
-from ...plan import Row
+from ...plan import Row, stack_rows
 from ...solvers.ddim import ddim_row
 from ...solvers.ddpm import ddpm_row
 from .base import (
     NO_NOISE,
+    _constant,
     _estimate,
     _Fast,
     _register,
     _schedulers,
     _showing,
+    element_of,
 )
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Rows, and one that is NaN, for torch.compile to have as a constant."""
+
+    floats: np.ndarray
 
 
 class _ByTimestep(_Fast):
@@ -27,15 +41,57 @@ class _ByTimestep(_Fast):
     _keeps = _counts = _strays = False
     _places: dict[int, int]
 
+    def _begin(self, start: int = 0) -> None:
+        super()._begin(start)
+        self._places = self._placed()
+
     def _row_at(self, timestep: Any) -> int | None:
         """The row's index; None for a timestep that is not on the grid."""
         if self._rows is None:
             self._begin()
-            self._places = {int(t): i for i, t in enumerate(self.timesteps.tolist())}
-        index = None if self._left else self._places.get(int(timestep))
-        if index == 0:
+        if self._left:
+            return None
+        place = element_of(self.timesteps, timestep)
+        if place is None:
+            place = self._places.get(int(timestep))
+        if place == 0:
             self._seeds = None  # another run
-        return index
+        return place
+
+    def _chosen(
+        self, timestep: Any, sample: Tensor, key: tuple = ()
+    ) -> tuple[Any, Row | None, Tensor | None]:
+        """(index, row, table): a row, None off the grid; or, for a timestep that the host does not
+        know, an index to a table of all rows, whose last is NaN for what is off the grid. key: of
+        the rows, for ``_rows_of``."""
+        if not isinstance(timestep, Tensor) or (timestep.is_cpu and not is_compiling()):
+            place = self._row_at(timestep)
+            return place, None if place is None else self._rows_of(*key)[place], None
+        if self._rows is None:
+            self._begin()
+        rows = [] if self._left else self._rows_of(*key)
+        if not rows:
+            return None, None, None
+        if rows[0].threshold or element_of(self.timesteps, timestep) is not None:
+            place = self._row_at(timestep)
+            return place, None if place is None else rows[place], None
+        matches = self.timesteps.to(timestep.device) == timestep
+        found = torch.where(matches.any(), matches.int().argmax(), len(rows))
+        like = next((row for row in rows if row.noises), rows[0])
+        table = torch.as_tensor(self._table(key).floats, device=sample.device)
+        return found.view(1).to(sample.device), like, table
+
+    def _rows_of(self) -> list[Row]:
+        return self._rows
+
+    @_constant
+    def _table(self, key: tuple) -> _Table:
+        table = stack_rows(self._rows_of(*key) or self._built(0))
+        return _Table(torch.cat([table, torch.full_like(table[:1], math.nan)]).numpy())
+
+    @_constant
+    def _placed(self) -> dict[int, int]:
+        return {int(t): i for i, t in enumerate(self._host_timesteps)}
 
     def _point(self, alpha_bar: float) -> Point:
         alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
@@ -43,16 +99,16 @@ class _ByTimestep(_Fast):
 
     def _levels(self) -> list[tuple[int, float, float]]:
         """(t, alpha_bar at t, alpha_bar at the next one) on the scheduler's own grid."""
-        table, grid = self.alphas_cumprod, self.timesteps.tolist()
+        table, grid = self._alpha_bars, self._host_timesteps
         final = getattr(self, "final_alpha_cumprod", None)
         last = 1.0 if final is None else float(final)
-        levels = [float(table[t]) for t in grid]
+        levels = [table[t] for t in grid]
         following = [*levels[1:], last]
         if (
             self._strays and self._compat
         ):  # t - T // N, which leaves the grid where N does not divide T
             ratio = self.config.num_train_timesteps // self.num_inference_steps
-            following = [float(table[t - ratio]) if t >= ratio else last for t in grid]
+            following = [table[t - ratio] if t >= ratio else last for t in grid]
         return list(zip(grid, levels, following, strict=True))
 
 
@@ -61,9 +117,10 @@ class _Ddim(_ByTimestep):
 
     def _build(self) -> list[Row]:
         self._variants: dict[tuple, list[Row]] = {}
-        return self._variant(0.0, False)
+        return self._rows_of(0.0, False)
 
-    def _variant(self, eta: float, again: bool) -> list[Row]:
+    @_constant
+    def _rows_of(self, eta: float, again: bool) -> list[Row]:
         rows = self._variants.get((eta, again))
         if rows is None:
             rows = []
@@ -76,13 +133,15 @@ class _Ddim(_ByTimestep):
 
     def step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False,
              generator=None, variance_noise=None, return_dict=True):  # fmt: skip
-        index = None if self.num_inference_steps is None else self._row_at(timestep)
-        if index is None or (variance_noise is not None and generator is not None):
+        row = None
+        if self.num_inference_steps is not None and (variance_noise is None or generator is None):
+            key = (float(eta), bool(use_clipped_model_output))
+            index, row, table = self._chosen(timestep, sample, key)
+        if row is None:
             return super().step(model_output, timestep, sample, eta, use_clipped_model_output,
                                 generator, variance_noise, return_dict)  # fmt: skip
-        row = self._variant(float(eta), bool(use_clipped_model_output))[index]
         noise = self._normals(row, model_output, generator, variance_noise, eta > 0)
-        return self._stepped(index, row, sample, model_output, noise, return_dict)
+        return self._stepped(index, row, sample, model_output, noise, return_dict, table=table)
 
 
 @_register
@@ -100,12 +159,12 @@ class DDIMInverseScheduler(_ByTimestep, diffusers.DDIMInverseScheduler):
     _output = _schedulers.scheduling_ddim_inverse.DDIMSchedulerOutput
 
     def _build(self) -> list[Row]:
-        rows, table = [], self.alphas_cumprod
+        rows, table = [], self._alpha_bars
         ratio = self.config.num_train_timesteps // (self.num_inference_steps or 1)
-        for t in self.timesteps.tolist():
+        for t in self._host_timesteps:
             before = min(t - ratio, self.config.num_train_timesteps - 1)
-            a_t = float(table[before] if before >= 0 else self.initial_alpha_cumprod)
-            row = ddim_row(a_t, float(table[t]), self._prediction, self._clips)
+            a_t = table[before] if before >= 0 else float(self.initial_alpha_cumprod)
+            row = ddim_row(a_t, table[t], self._prediction, self._clips)
             rows.append(_showing(row, _estimate(row, self._point(a_t))))
         return rows
 
@@ -137,17 +196,17 @@ class _Ddpm(_ByTimestep):
         return rows
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = self._row_at(timestep)
-        if index is None:
+        logvar = None
+        index, row, table = self._chosen(timestep, sample)
+        if row is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        row, logvar = self._rows[index], None
         if self._learned:
             if model_output.shape[1] != 2 * sample.shape[1]:
                 return super().step(model_output, timestep, sample, generator, return_dict)
             model_output, logvar = model_output.split(sample.shape[1], dim=1)
             logvar = logvar if row.noises else None
-        noise = self._normals(row, model_output, generator, None, int(timestep) > 0)
-        return self._stepped(index, row, sample, model_output, noise, return_dict, logvar)
+        noise = self._normals(row, model_output, generator, None, row.model_time > 0.0)
+        return self._stepped(index, row, sample, model_output, noise, return_dict, logvar, table)
 
 
 @_register

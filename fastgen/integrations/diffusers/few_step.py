@@ -26,9 +26,9 @@ class LCMScheduler(_BySigma, diffusers.LCMScheduler):
     _keeps = False
 
     def _build(self) -> list[Row]:
-        grid, rows = self.timesteps.tolist()[self._start :], []
+        grid, table, rows = self._host_timesteps[self._start :], self._alpha_bars, []
         for i, t in enumerate(grid):
-            a_t = float(self.alphas_cumprod[t])
+            a_t = table[t]
             alpha, sigma = math.sqrt(a_t), math.sqrt(1.0 - a_t)
             of_x, of_e = estimate_of(self._prediction, alpha, sigma)
             scaled = t * self.config.timestep_scaling
@@ -36,7 +36,7 @@ class LCMScheduler(_BySigma, diffusers.LCMScheduler):
             out = scaled / math.sqrt(scaled**2 + 0.25)
             shown = {"x": skip, "denoised": out}
             last = i + 1 == len(grid)
-            a_s = 1.0 if last else float(self.alphas_cumprod[grid[i + 1]])
+            a_s = 1.0 if last else table[grid[i + 1]]
             weights = {name: math.sqrt(a_s) * w for name, w in shown.items()}
             row = Row((Output(weights, (math.sqrt(1.0 - a_s),)),), (of_x, of_e), self._clips,
                       model_time=float(t))  # fmt: skip
@@ -65,7 +65,7 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
         rows = self._variants.get(eta)
         if rows is None:
             rows = self._variants[eta] = []
-            grid, table = self.timesteps.tolist()[self._start :], self.alphas_cumprod.tolist()
+            grid, table = self._host_timesteps[self._start :], self._alpha_bars
             for t, s in itertools.pairwise([*grid, 0]):
                 last = len(rows) + 1 == len(grid)
                 alpha, sigma = math.sqrt(table[t]), math.sqrt(1.0 - table[t])

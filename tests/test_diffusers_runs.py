@@ -1,0 +1,176 @@
+"""diffusers' schedulers compiled, on a device that is never waited for, and shared by threads."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+
+from fastgen.testing import assert_bitwise
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+from fastgen.integrations import diffusers as fast  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers', of NumPy's
+COMPILED = (
+    "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+
+
+def network(x, t):
+    return torch.tanh(0.5 * x)
+
+
+def loop(scheduler, x, times, **options):
+    for t in times:
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(network(seen, t), t, x, **options, return_dict=False)[0]
+    return x
+
+
+def begun(name, steps=4, **options):
+    made = getattr(fast, name).from_config(getattr(diffusers, name)().config, **options)
+    made.set_timesteps(steps)
+    if hasattr(made, "set_begin_index"):
+        made.set_begin_index(0)
+    return made
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("kind", ["tensors", "numbers"])
+def test_a_whole_loop_compiles(name, kind):
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        made = begun(name)
+        times = made.timesteps if kind == "tensors" else made.timesteps.tolist()
+
+        def run(x, made=made, times=times):
+            return loop(made, x, times)
+
+        torch.manual_seed(0)
+        call = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
+        ends.append(call(x))
+    assert_bitwise(*ends)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_one_compiled_step_serves_all_timesteps(name):
+    torch._dynamo.reset()
+    made, graphs = begun(name, 20), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def step(e, t, x):
+        return made.step(e, t, x, return_dict=False)[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend=counting)
+    x = y = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in made.timesteps:
+        torch.manual_seed(0)
+        x = compiled(network(x, t), t, x)
+        torch.manual_seed(0)
+        y = step(network(y, t), t, y)
+    assert_bitwise(x, y)
+    assert len(graphs) <= 2  # the first call's also makes the rows
+    assert compiled(x, torch.tensor(7), x).isnan().all()  # not on the grid
+
+
+@pytest.mark.parametrize("name", sorted(fast._CLASSES))
+def test_a_device_is_not_waited_for(name):
+    """A tensor on the meta device has no values: to ask for one is an error."""
+    made = getattr(fast, name)()
+    made.set_timesteps(6)
+    if hasattr(made, "set_begin_index"):
+        made.set_begin_index(0)
+    plain = loop_shapes(made, torch.ones(1, 3, 8, 8), made.timesteps)
+    made.set_timesteps(6)
+    made._times = made.timesteps.tolist()
+    made._begin()
+    made.timesteps = made.timesteps.to("meta")
+    assert loop_shapes(made, torch.empty(1, 3, 8, 8, device="meta"), made.timesteps) == plain
+
+
+def loop_shapes(made, x, times):
+    shapes = []
+    if hasattr(made, "is_scale_input_called"):
+        made.is_scale_input_called = True
+    for t in times:
+        x, *rest = made.step(0.5 * x, t, x, return_dict=False)
+        shapes.append((x.shape, x.dtype, len(rest)))
+    return shapes
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_a_timestep_from_elsewhere_on_the_device_is_looked_up_there(name):
+    made = begun(name, 6)
+    made._begin()
+    made.timesteps = made.timesteps.to("meta")
+    x, t = torch.empty(1, 3, 8, 8, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    assert made.step(x, t, x).prev_sample.shape == x.shape
+
+
+# ---- loops held outside --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_runs_that_are_held_apart_do_not_meet(name):
+    made = begun(name, 6, noise="fastgen")
+    firsts = [torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    wanted = []
+    for k, x in enumerate(firsts):
+        alone = begun(name, 6, noise="fastgen")
+        torch.manual_seed(k)
+        wanted.append(loop(alone, x, alone.timesteps))
+    loop(made, firsts[0], made.timesteps[:2])  # a run under way
+    runs = [made.new_loop() for _ in firsts]
+    assert all(type(run) is type(made) and run.config == made.config for run in runs)
+    assert runs[0]._rows is runs[1]._rows
+    samples = list(firsts)
+    for i, t in enumerate(made.timesteps):
+        for k, run in enumerate(runs):
+            if i == 0:
+                torch.manual_seed(k)
+            samples[k] = loop(run, samples[k], [t])
+    for got, want in zip(samples, wanted, strict=True):
+        assert_bitwise(got, want)
+
+
+def test_threads_share_the_numbers():
+    made = begun("DPMSolverMultistepScheduler", 12)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    want, got = loop(made, x, made.timesteps), {}
+
+    def work(k):
+        for _ in range(20):
+            run = made.new_loop()
+            got[k] = loop(run, x, run.timesteps)
+            assert_bitwise(got[k], want)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 4
+
+
+def test_a_new_loop_needs_timesteps_and_can_be_copied():
+    with pytest.raises(ValueError, match="set_timesteps"):
+        fast.DDIMScheduler().new_loop()
+    made = begun("UniPCMultistepScheduler", 5)
+    x = torch.ones(1, 3, 4, 4)
+    want = loop(made.new_loop(), x, made.timesteps)
+    run = made.new_loop()
+    half = loop(run, x, made.timesteps[:2])
+    for other in (copy.deepcopy(run), pickle.loads(pickle.dumps(run)), run):
+        assert_bitwise(loop(other, half, made.timesteps[2:]), want)
+    assert_bitwise(loop(run.new_loop(), x, made.timesteps), want)
