@@ -239,7 +239,8 @@ class _Fast:
             return (), None, 0
         z = randn_tensor(output.shape, generator=generator, device=output.device,
                          dtype=dtype or output.dtype)  # fmt: skip
-        return ((z,) if row.noises else ()), None, 0
+        # a graph leaves out a draw that nothing is given
+        return ((z,) if row.noises or is_compiling() else ()), None, 0
 
     def _stepped(
         self, index: int | Tensor, row: Row, sample: Tensor, output: Tensor, noise: tuple,

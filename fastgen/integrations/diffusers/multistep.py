@@ -19,6 +19,7 @@ from .base import (
     _Fast,
     _register,
     _schedulers,
+    _seeds,
 )
 from .by_sigma import _BySigma, _Plain
 
@@ -118,7 +119,7 @@ class SASolverScheduler(_BySigma, diffusers.SASolverScheduler):
     def _build(self) -> list[Row]:
         config, sigmas, stays = self.config, self._run, self._stays
         levels = self._preserving(sigmas[:-1] if stays else sigmas)
-        times = self.timesteps[self._start : self._start + len(levels)]
+        times = self._host_timesteps[self._start : self._start + len(levels)]
         return list(_sa(
             levels, self._clips, config.predictor_order, config.corrector_order,
             [float(self.tau_func(t)) for t in times], self.predict_x0, config.lower_order_final,
@@ -130,6 +131,8 @@ class SASolverScheduler(_BySigma, diffusers.SASolverScheduler):
         if index < 0:
             return super().step(model_output, timestep, sample, generator, return_dict)
         row = self._rows[index]
+        if self._noise == "fastgen" and self._seeds is None:  # a first row may draw nothing
+            self._seeds = _seeds(generator, model_output)
         noise = self._normals(row, model_output, generator, None, True)
         return self._stepped(index, row, sample, model_output, noise, return_dict)
 
@@ -189,8 +192,8 @@ class PNDMScheduler(_Fast, diffusers.PNDMScheduler):
     def _row(self, t: int, at: int, to: int, x: Weights, noise: Weights,
              keep: Mapping[int, Weights]) -> Row:  # fmt: skip
         """Liu et al. (2022), eq. 9."""
-        table = self.alphas_cumprod
-        a_t, a_s = float(table[at]), float(table[to] if to >= 0 else self.final_alpha_cumprod)
+        table = self._alpha_bars
+        a_t, a_s = table[at], table[to] if to >= 0 else float(self.final_alpha_cumprod)
         if self._prediction == "v":
             noise = combined((math.sqrt(a_t), noise), (math.sqrt(1.0 - a_t), x))
         below = a_t * math.sqrt(1.0 - a_s) + math.sqrt(a_t * (1.0 - a_t) * a_s)
