@@ -158,6 +158,20 @@ def test_noise_upwards_has_no_variance_and_is_left_to_diffusers():
     assert made._left
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler",
+     "UniPCMultistepScheduler", "DEISMultistepScheduler"],
+)  # fmt: skip
+def test_predictions_of_other_paths_than_the_sigmas_are_left_to_diffusers(name):
+    for config in ({"use_flow_sigmas": True, "prediction_type": "v_prediction"},
+                   {"prediction_type": "flow_prediction"}):  # fmt: skip
+        theirs = getattr(diffusers, name)(**config)
+        made = fast.convert(theirs)
+        assert torch.equal(run(made, 5)[0], run(theirs, 5)[0])
+        assert made._left
+
+
 def test_runge_kutta_steps_begin_at_the_first_timestep():
     made = fast.convert(diffusers.PNDMScheduler())
     made.set_timesteps(10)

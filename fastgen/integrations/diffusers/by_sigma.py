@@ -199,7 +199,7 @@ class EulerAncestralDiscreteScheduler(_BySigma, diffusers.EulerAncestralDiscrete
 
 
 class _Edm(_BySigma):
-    """With the preconditioning of Karras et al. (2022), or, as v, that of Evans et al. (2024)."""
+    """With the preconditioning of Karras et al. (2022), table 1; its v is the opposite."""
 
     def _estimate_at(self, sigma: float) -> tuple[float, float]:
         of_x, of_e = estimate_of("edm", 1.0, sigma, self.config.sigma_data)

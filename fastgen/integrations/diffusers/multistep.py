@@ -54,7 +54,7 @@ class UniPCMultistepScheduler(_Plain, diffusers.UniPCMultistepScheduler):
 
     def _leaves(self) -> bool:
         flows = self._prediction == "flow" and not self.config.predict_x0
-        return super()._leaves() or self.config.solver_p is not None or flows
+        return super()._leaves() or self.config.solver_p is not None or flows or self._mixed
 
     def _build(self) -> list[Row]:
         config = self.config
@@ -73,7 +73,7 @@ class DEISMultistepScheduler(_Plain, diffusers.DEISMultistepScheduler):
         return list(_adams(levels, order, self._clips, "deis", log_level, self._orders()).rows)
 
     def _leaves(self) -> bool:
-        return super()._leaves() or self.config.algorithm_type != "deis"
+        return super()._leaves() or self.config.algorithm_type != "deis" or self._mixed
 
 
 @_register
