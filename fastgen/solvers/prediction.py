@@ -33,10 +33,15 @@ def epsilon(prediction: str, alpha_bar: float) -> Pair:
     return 1.0 / sigma, -signal / sigma
 
 
+def _sum(a: float, b: float) -> float:
+    return a + b if abs(a + b) > 4e-15 * (abs(a) + abs(b)) else 0.0
+
+
 def folded(weights: Mapping[str, float], estimate: Pair) -> dict[str, float]:
-    """Weights of x, e and the denoised sample as weights of x and e: where nothing is clipped."""
+    """Weights of x, e and the denoised sample as weights of x and e: where nothing is clipped. What
+    the denoised sample cancels is zero, and no rounding of it is left for a kernel to read."""
     d = weights.get("denoised", 0.0)
-    x = weights.get("x", 0.0) + d * estimate[0]
-    e = weights.get("e", 0.0) + d * estimate[1]
+    x = _sum(weights.get("x", 0.0), d * estimate[0])
+    e = _sum(weights.get("e", 0.0), d * estimate[1])
     rest = {name: w for name, w in weights.items() if name not in ("x", "e", "denoised")}
     return {"x": x, "e": e} | rest

@@ -46,6 +46,17 @@ def noise_of(start: Point) -> dict[str, float]:
     return {"x": 1.0 / start.sigma, "denoised": -start.alpha / start.sigma}
 
 
+def _cancels(weights: Weights, estimate: tuple[float, float]) -> bool:
+    """Whether x and e have much smaller weights once the estimate of x_0 is put in."""
+
+    def size(weights: Weights, of_denoised: float) -> float:
+        x, e, d = (abs(weights.get(name, 0.0)) for name in ("x", "e", "denoised"))
+        return x + e + of_denoised * d
+
+    apart = size(weights, abs(estimate[0]) + abs(estimate[1]))
+    return size(folded(weights, estimate), 0.0) < 0.5 * apart
+
+
 class Rows:
     """Collects the rows of a plan, a network call each."""
 
@@ -71,8 +82,11 @@ class Rows:
         if to is not None and to.input_scale != 1.0:
             scaled = combined((to.input_scale, weights))
             outputs.append((scaled, tuple(to.input_scale * s for s in noise), "input"))
-        # What is neither clipped nor kept need not be computed by itself.
-        estimated = self.clip is not None or bool(keep)
+        # What is neither clipped nor kept need not be computed by itself, nor should what cancels:
+        # float32 keeps little of eps = (x - alpha x_0) / sigma where sigma is small.
+        estimated = self.clip is not None or (
+            bool(keep) and not any(_cancels(w, at.estimate) for w, _, _ in outputs)
+        )
         made = [Output(w if estimated else folded(w, at.estimate), z, target)
                 for w, z, target in outputs]  # fmt: skip
         estimate = at.estimate if estimated else (0.0, 0.0)

@@ -51,7 +51,8 @@ class _ByTimestep(_Fast):
             self._begin()
         if self._left:
             return None
-        place = element_of(self.timesteps, timestep)
+        known = not isinstance(timestep, Tensor) or timestep.is_cpu
+        place = None if known else element_of(self.timesteps, timestep)
         if place is None:
             place = self._places.get(int(timestep))
         if place == 0:
@@ -64,15 +65,13 @@ class _ByTimestep(_Fast):
         """(index, row, table): a row, None off the grid; or, for a timestep that the host does not
         know, an index to a table of all rows, whose last is NaN for what is off the grid. key: of
         the rows, for ``_rows_of``."""
-        if not isinstance(timestep, Tensor) or (timestep.is_cpu and not is_compiling()):
-            place = self._row_at(timestep)
-            return place, None if place is None else self._rows_of(*key)[place], None
         if self._rows is None:
             self._begin()
-        rows = [] if self._left else self._rows_of(*key)
-        if not rows:
+        if self._left:
             return None, None, None
-        if rows[0].threshold or element_of(self.timesteps, timestep) is not None:
+        rows = self._rows_of(*key)
+        hidden = isinstance(timestep, Tensor) and (not timestep.is_cpu or is_compiling())
+        if not hidden or rows[0].threshold or element_of(self.timesteps, timestep) is not None:
             place = self._row_at(timestep)
             return place, None if place is None else rows[place], None
         matches = self.timesteps.to(timestep.device) == timestep
