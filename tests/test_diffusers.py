@@ -293,6 +293,25 @@ def test_converting_again_keeps_what_was_asked_for():
     assert fast.convert(again, noise="torch")._noise == "torch"
 
 
+CHURN = {"s_churn": 4.0, "s_tmin": 0.5, "s_tmax": 60.0, "s_noise": 1.01}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_churn_is_diffusers(name, prediction):
+    if name == "EDMEulerScheduler" and prediction == "sample":
+        return  # which it has not
+    theirs = getattr(diffusers, name)(prediction_type=prediction)
+    for steps in (3, 10):
+        want = run(theirs, steps, **CHURN)
+        got = run(fast.convert(theirs, compat="diffusers"), steps, **CHURN)
+        for a, b in zip(want, got, strict=True):
+            assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
+    own = run(fast.convert(theirs, noise="fastgen"), 10, **CHURN)[0]
+    assert own.isfinite().all()
+    assert not torch.equal(own, run(fast.convert(theirs), 10, **CHURN)[0])
+
+
 # ---- defects of diffusers ------------------------------------------------------------------------
 
 
@@ -309,6 +328,27 @@ def test_ddim_stays_on_its_grid():
     while not loop.done:
         loop.step(network(loop.x, loop.time[0]))
     assert float((right - loop.x).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+def test_euler_with_churn_takes_the_estimate_at_the_level_of_the_noise():
+    """Karras et al. (2022), algorithm 2, where diffusers has the level before it for v."""
+    theirs = diffusers.EulerDiscreteScheduler(prediction_type="v_prediction")
+    made = fast.convert(theirs)
+    for scheduler in (theirs, made):
+        scheduler.set_timesteps(5)
+    x, e = torch.ones(SHAPE), torch.full(SHAPE, 0.3)
+    t = made.timesteps[2]
+    made.set_begin_index(2)
+    made.scale_model_input(x, t)
+    z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    got = made.step(e, t, x, s_churn=2.0, generator=torch.Generator().manual_seed(3))
+    sigma, end = made.sigmas[2:4].double().tolist()
+    higher = sigma * 1.4
+    x = x.double() + (higher**2 - sigma**2) ** 0.5 * z
+    estimate = x / (higher**2 + 1) - higher / (higher**2 + 1) ** 0.5 * e
+    want = x + (end - higher) * (x - estimate) / higher
+    torch.testing.assert_close(got.pred_original_sample.double(), estimate, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.prev_sample.double(), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -15,6 +15,8 @@ from ...plan import Output, Plan, Row
 from ...solvers.euler import down_and_up
 from .base import (
     NO_NOISE,
+    SHOWN,
+    _constant,
     _estimate,
     _Fast,
     _is_whole,
@@ -156,24 +158,62 @@ class _Plain(_BySigma):
         return self._stepped(index, self._rows[index], sample, model_output, NO_NOISE, return_dict)
 
 
-@_register
-class EulerDiscreteScheduler(_BySigma, diffusers.EulerDiscreteScheduler):
-    _output = _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
+class _Churned(_BySigma):
+    """Euler's method, to whose sample noise may be added first: Karras et al. (2022), algorithm 2,
+    but that the network has seen the sample without it."""
+
     _upcasts, _casts, _keeps = True, "output", False
+    _strays = False  # whether diffusers takes that of v at the level before the noise
 
     def _build(self) -> list[Row]:
+        self._variants: dict[tuple, Row] = {}
         return self._eulers(solvers.euler)
+
+    def _row(self, index: int, churn: tuple[float, float, float, float]) -> Row:
+        """churn: s_churn, s_tmin, s_tmax and s_noise, as there."""
+        if churn[0] == 0.0:
+            return self._rows[index]
+        if (index, churn) not in self._variants:
+            self._variants[index, churn] = self._row_with(index, *churn)
+        return self._variants[index, churn]
+
+    @_constant
+    def _row_with(
+        self, index: int, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
+    ) -> Row:
+        sigma, end = self._run[index : index + 2]
+        gamma = min(s_churn / (len(self.sigmas) - 1), math.sqrt(2.0) - 1.0)
+        if not (gamma > 0.0 and s_tmin <= sigma <= s_tmax):
+            return self._rows[index]
+        higher = sigma * (1.0 + gamma)
+        strays = self._strays and self._compat and self._prediction == "v"
+        added = s_noise * math.sqrt(higher**2 - sigma**2)
+        of_x, of_e = self._estimate_at(sigma if strays else higher)
+        rest = end / higher
+        kept = rest + (1.0 - rest) * of_x
+        return Row((
+            Output({"x": kept, "e": (1.0 - rest) * of_e}, (kept * added,)),
+            Output({"x": of_x, "e": of_e}, (of_x * added,), SHOWN),
+        ), model_time=sigma)  # fmt: skip
+
+
+@_register
+class EulerDiscreteScheduler(_Churned, diffusers.EulerDiscreteScheduler):
+    _output = _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
+    _strays = True
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True):  # fmt: skip
         index = -1
-        if s_churn == 0.0 and not _is_whole(timestep) and self.is_scale_input_called:
+        if not _is_whole(timestep) and self.is_scale_input_called:
             index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, return_dict)  # fmt: skip
-        row = self._rows[index]
-        return self._stepped(index, row, sample, model_output, NO_NOISE, return_dict)
+        row, noise = self._row(index, (s_churn, s_tmin, s_tmax, s_noise)), NO_NOISE
+        if s_churn:
+            noise = self._normals(row, model_output, generator, None, row is not self._rows[index])
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 @_register
@@ -207,23 +247,22 @@ class _Edm(_BySigma):
 
 
 @_register
-class EDMEulerScheduler(_Edm, diffusers.EDMEulerScheduler):
+class EDMEulerScheduler(_Edm, _Churned, diffusers.EDMEulerScheduler):
     _output = _schedulers.scheduling_edm_euler.EDMEulerSchedulerOutput
-    _upcasts, _casts, _keeps = True, "output", False
-
-    def _build(self) -> list[Row]:
-        return self._eulers(solvers.euler)
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True, pred_original_sample=None):  # fmt: skip
         index = -1
-        plain = s_churn == 0.0 and pred_original_sample is None and not _is_whole(timestep)
+        plain = pred_original_sample is None and not _is_whole(timestep)
         if plain and self.is_scale_input_called:
             index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, return_dict, pred_original_sample)  # fmt: skip
-        return self._stepped(index, self._rows[index], sample, model_output, NO_NOISE, return_dict)
+        row, noise = self._row(index, (s_churn, s_tmin, s_tmax, s_noise)), NO_NOISE
+        if s_churn:
+            noise = self._normals(row, model_output, generator, None, row is not self._rows[index])
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 @_register
