@@ -7,8 +7,8 @@
 Each class is a subclass of diffusers' own: configuration, timesteps, sigmas, ``add_noise``, loading
 and saving are diffusers', and a pipeline saved with one records diffusers' class. The arithmetic of
 ``step`` alone is replaced, by one row of a plan: float64 on the host from diffusers' float32
-levels, then one kernel. What a row cannot hold (timesteps off the grid,
-per-token timesteps) is left to diffusers' own ``step``.
+levels, then one kernel. What a row cannot hold (timesteps off the grid, per-token timesteps) is
+left to diffusers' own ``step``.
 
 noise: "torch" (the default) draws as diffusers does, from the generator or the global one, so that
 a seed gives the image that it gave before; "fastgen" makes the noise in the kernel, a function of

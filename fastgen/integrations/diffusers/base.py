@@ -118,7 +118,9 @@ class _Fast:
     _step_index: int | None
     _init_step_index: Callable[[Any], None]
     step: Callable[..., Any]
-    _build: Callable[[], list[Row]]  # the rows of a run from _start on, a call of step each
+    _build: Callable[..., list[Row]]  # the rows of a run from _start on, a call of step each
+    _usual: tuple = ()  # what _build takes of step's own options, as most runs have them
+    _variants: dict[tuple, list[Row]]  # by these options
     _upcasts = False  # whether diffusers computes in float32 and shows the estimate in it
 
     @classmethod
@@ -172,15 +174,22 @@ class _Fast:
         sigmas = getattr(self, "sigmas", None)
         if sigmas is not None and bool(sigmas.isnan().any()):
             raise ValueError("sigmas: got NaN, expected finite numbers")
-        self._start = start
+        self._start, self._variants = start, {}
         try:
-            rows = self._build()
+            rows = self._rows_of(*self._usual)
             if self._counts and len(rows) != len(self.timesteps) - start:
                 raise ValueError("timesteps that repeat")
             return rows
         except ValueError as error:
             logger.info("%s: step is diffusers' own: %s", type(self).__name__, error)
             return None
+
+    @_constant
+    def _rows_of(self, *options: Any) -> list[Row]:
+        """The rows of the run with options of ``step``'s own."""
+        if options not in self._variants:
+            self._variants[options] = self._build(*options)
+        return self._variants[options]
 
     @property
     def _host_timesteps(self) -> list[Any]:
@@ -189,9 +198,10 @@ class _Fast:
 
     def _value(self, timestep: Any) -> Any:
         """A timestep's number; one of ``timesteps`` on a device is not waited for."""
-        element = None if self._times is None else element_of(self.timesteps, timestep)
-        if element is not None and self._times is not None:
-            return self._times[element]
+        if self._times is not None:
+            element = element_of(self.timesteps, timestep)
+            if element is not None:
+                return self._times[element]
         return timestep.item() if isinstance(timestep, Tensor) else timestep
 
     @property
@@ -338,10 +348,10 @@ def _register(cls: Any) -> Any:
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self, *args, **kwargs):
         base.set_timesteps(self, *args, **kwargs)
-        self._rows = self._times = None
+        # on a device its numbers are read now, where a step would wait for them
+        self._rows, self._times = None, None if self.timesteps.is_cpu else self.timesteps.tolist()
         self._fresh = {name: _own(value) for name, value in vars(self).items() if name != "_fresh"}
-        if not self.timesteps.is_cpu:  # its numbers are read now, where a step would wait for them
-            self._times = self.timesteps.tolist()
+        if self._times is not None:
             self._begin()
 
     cls.set_timesteps = set_timesteps

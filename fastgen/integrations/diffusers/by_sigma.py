@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ from ...solvers.euler import down_and_up
 from .base import (
     NO_NOISE,
     SHOWN,
-    _constant,
     _estimate,
     _Fast,
     _is_whole,
@@ -129,18 +129,16 @@ class _BySigma(_Fast):
         return orders
 
     def _eulers(self, solver: Callable[[NoiseLevels], Plan]) -> list[Row]:
-        """A solver of one call a step. Where the run ends on its last level, as with
-        final_sigmas_type="sigma_min", the last step goes nowhere."""
-        sigmas = self._run
-        stays = sigmas[-1] == sigmas[-2]
-        rows: list[Row] = []
-        if not stays or len(sigmas) > 2:
-            levels = self._exploding(sigmas[:-1] if stays else sigmas)
-            rows = self._shown(solver(levels), levels.points)
-        if stays:
-            estimate = self._estimate_at(sigmas[-1])
-            row = Row((Output({"x": 1.0}),), model_time=sigmas[-1])
-            rows.append(_showing(row, {"x": estimate[0], "e": estimate[1]}))
+        """A solver of one call a step."""
+
+        def steps(sigmas: list[float]) -> list[Row]:
+            levels = self._exploding(sigmas)
+            return self._shown(solver(levels), levels.points)
+
+        rows = self._to_the_end(steps)
+        if self._stays:
+            of_x, of_e = self._estimate_at(self._run[-1])
+            rows[-1] = _showing(rows[-1], {"x": of_x, "e": of_e})
         return rows
 
     def _shown(self, plan: Plan, points: Sequence[Point]) -> list[Row]:
@@ -158,33 +156,53 @@ class _Plain(_BySigma):
         return self._stepped(index, self._rows[index], sample, model_output, NO_NOISE, return_dict)
 
 
-class _Churned(_BySigma):
+class _Drawing(_BySigma):
+    """The step of those that draw and take no option."""
+
+    def _noise_at(self, index: int, row: Row, output: Tensor, sample: Tensor, generator: Any):
+        return self._normals(row, output, generator, None, True)
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        row = self._rows[index]
+        noise = self._noise_at(index, row, model_output, sample, generator)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
+
+
+class _Strict(_BySigma):
+    """Those that refuse an index as timestep, and warn where the sample was not scaled."""
+
+    is_scale_input_called: bool
+    _upcasts, _casts, _keeps = True, "output", False
+
+    def _next(self, timestep: Any) -> int:
+        if _is_whole(timestep) or not self.is_scale_input_called:
+            return -1
+        return super()._next(timestep)
+
+
+class _Churned(_Strict):
     """Euler's method, to whose sample noise may be added first: Karras et al. (2022), algorithm 2,
     but that the network has seen the sample without it."""
 
-    _upcasts, _casts, _keeps = True, "output", False
-    _strays = False  # whether diffusers takes that of v at the level before the noise
+    _usual = (0.0, 0.0, math.inf, 1.0)
+    _strays = False  # whether diffusers takes the estimate of v at the level before the noise
 
-    def _build(self) -> list[Row]:
-        self._variants: dict[tuple, Row] = {}
-        return self._eulers(solvers.euler)
-
-    def _row(self, index: int, churn: tuple[float, float, float, float]) -> Row:
-        """churn: s_churn, s_tmin, s_tmax and s_noise, as there."""
-        if churn[0] == 0.0:
-            return self._rows[index]
-        if (index, churn) not in self._variants:
-            self._variants[index, churn] = self._row_with(index, *churn)
-        return self._variants[index, churn]
-
-    @_constant
-    def _row_with(
-        self, index: int, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
-    ) -> Row:
-        sigma, end = self._run[index : index + 2]
+    def _build(self, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> list[Row]:
         gamma = min(s_churn / (len(self.sigmas) - 1), math.sqrt(2.0) - 1.0)
-        if not (gamma > 0.0 and s_tmin <= sigma <= s_tmax):
-            return self._rows[index]
+        if gamma <= 0.0:
+            return self._eulers(solvers.euler)
+        return [
+            self._lifted(sigma, end, gamma, s_noise) if s_tmin <= sigma <= s_tmax else row
+            for row, (sigma, end) in zip(
+                self._rows_of(*self._usual), itertools.pairwise(self._run), strict=True
+            )
+        ]
+
+    def _lifted(self, sigma: float, end: float, gamma: float, s_noise: float) -> Row:
+        """The step from sigma by way of the higher level (1 + gamma) sigma."""
         higher = sigma * (1.0 + gamma)
         strays = self._strays and self._compat and self._prediction == "v"
         added = s_noise * math.sqrt(higher**2 - sigma**2)
@@ -194,7 +212,19 @@ class _Churned(_BySigma):
         return Row((
             Output({"x": kept, "e": (1.0 - rest) * of_e}, (kept * added,)),
             Output({"x": of_x, "e": of_e}, (of_x * added,), SHOWN),
-        ), model_time=sigma)  # fmt: skip
+        ), model_time=higher)  # fmt: skip
+
+    def _churning(
+        self, index: int, output: Tensor, sample: Tensor, churn: tuple, generator: Any,
+        return_dict: bool,
+    ) -> Any:  # fmt: skip
+        """What ``step`` returns; churn: s_churn, s_tmin, s_tmax and s_noise."""
+        row, noise = self._rows[index], NO_NOISE
+        if churn[0]:
+            plain, row = row, self._rows_of(*churn)[index]
+            lifts = row.model_time > plain.model_time
+            noise = self._normals(row, output, generator, None, lifts)
+        return self._stepped(index, row, sample, output, noise, return_dict)
 
 
 @_register
@@ -204,38 +234,23 @@ class EulerDiscreteScheduler(_Churned, diffusers.EulerDiscreteScheduler):
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True):  # fmt: skip
-        index = -1
-        if not _is_whole(timestep) and self.is_scale_input_called:
-            index = self._next(timestep)
+        index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, return_dict)  # fmt: skip
-        row, noise = self._row(index, (s_churn, s_tmin, s_tmax, s_noise)), NO_NOISE
-        if s_churn:
-            noise = self._normals(row, model_output, generator, None, row is not self._rows[index])
-        return self._stepped(index, row, sample, model_output, noise, return_dict)
+        return self._churning(index, model_output, sample, (s_churn, s_tmin, s_tmax, s_noise),
+                              generator, return_dict)  # fmt: skip
 
 
 @_register
-class EulerAncestralDiscreteScheduler(_BySigma, diffusers.EulerAncestralDiscreteScheduler):
+class EulerAncestralDiscreteScheduler(_Strict, _Drawing, diffusers.EulerAncestralDiscreteScheduler):
     _output = _schedulers.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
-    _upcasts, _casts, _keeps = True, "output", False
 
     def _leaves(self) -> bool:
         return self._prediction == "sample"
 
     def _build(self) -> list[Row]:
         return self._eulers(solvers.euler_ancestral)
-
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = -1
-        if not _is_whole(timestep) and self.is_scale_input_called:
-            index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        row = self._rows[index]
-        noise = self._normals(row, model_output, generator, None, True)
-        return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
 class _Edm(_BySigma):
@@ -252,17 +267,12 @@ class EDMEulerScheduler(_Edm, _Churned, diffusers.EDMEulerScheduler):
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True, pred_original_sample=None):  # fmt: skip
-        index = -1
-        plain = pred_original_sample is None and not _is_whole(timestep)
-        if plain and self.is_scale_input_called:
-            index = self._next(timestep)
+        index = -1 if pred_original_sample is not None else self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, return_dict, pred_original_sample)  # fmt: skip
-        row, noise = self._row(index, (s_churn, s_tmin, s_tmax, s_noise)), NO_NOISE
-        if s_churn:
-            noise = self._normals(row, model_output, generator, None, row is not self._rows[index])
-        return self._stepped(index, row, sample, model_output, noise, return_dict)
+        return self._churning(index, model_output, sample, (s_churn, s_tmin, s_tmax, s_noise),
+                              generator, return_dict)  # fmt: skip
 
 
 @_register
@@ -309,16 +319,11 @@ class KDPM2DiscreteScheduler(_Kdpm2, _Plain, diffusers.KDPM2DiscreteScheduler):
 
 
 @_register
-class KDPM2AncestralDiscreteScheduler(_Kdpm2, diffusers.KDPM2AncestralDiscreteScheduler):
+class KDPM2AncestralDiscreteScheduler(_Kdpm2, _Drawing, diffusers.KDPM2AncestralDiscreteScheduler):
     _output = (
         _schedulers.scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput
     )
     _eta = 1.0
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        row = self._rows[index]
-        noise = self._normals(row, model_output, generator, None, index % 2 == 1)
-        return self._stepped(index, row, sample, model_output, noise, return_dict)
+    def _noise_at(self, index, row, output, sample, generator):
+        return self._normals(row, output, generator, None, index % 2 == 1)

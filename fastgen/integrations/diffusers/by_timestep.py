@@ -51,8 +51,7 @@ class _ByTimestep(_Fast):
             self._begin()
         if self._left:
             return None
-        known = not isinstance(timestep, Tensor) or timestep.is_cpu
-        place = None if known else element_of(self.timesteps, timestep)
+        place = element_of(self.timesteps, timestep)
         if place is None:
             place = self._places.get(int(timestep))
         if place == 0:
@@ -63,8 +62,8 @@ class _ByTimestep(_Fast):
         self, timestep: Any, sample: Tensor, key: tuple = ()
     ) -> tuple[Any, Row | None, Tensor | None]:
         """(index, row, table): a row, None off the grid; or, for a timestep that the host does not
-        know, an index to a table of all rows, whose last is NaN for what is off the grid. key: of
-        the rows, for ``_rows_of``."""
+        know, an index to a table of all rows, whose last is NaN for what is off the grid. key: the
+        options of the rows."""
         if self._rows is None:
             self._begin()
         if self._left:
@@ -80,12 +79,9 @@ class _ByTimestep(_Fast):
         table = torch.as_tensor(self._table(key).floats, device=sample.device)
         return found.view(1).to(sample.device), like, table
 
-    def _rows_of(self) -> list[Row]:
-        return self._rows
-
     @_constant
     def _table(self, key: tuple) -> _Table:
-        table = stack_rows(self._rows_of(*key) or self._built(0))
+        table = stack_rows(self._rows_of(*key))
         return _Table(torch.cat([table, torch.full_like(table[:1], math.nan)]).numpy())
 
     @_constant
@@ -113,21 +109,14 @@ class _ByTimestep(_Fast):
 
 class _Ddim(_ByTimestep):
     _strays = True  # off the grid, in diffusers
+    _usual = (0.0, False)
 
-    def _build(self) -> list[Row]:
-        self._variants: dict[tuple, list[Row]] = {}
-        return self._rows_of(0.0, False)
-
-    @_constant
-    def _rows_of(self, eta: float, again: bool) -> list[Row]:
-        rows = self._variants.get((eta, again))
-        if rows is None:
-            rows = []
-            for t, a_t, a_s in self._levels():
-                noisy = eta if a_t < a_s else 0.0
-                row = ddim_row(a_t, a_s, self._prediction, self._clips, noisy, again, float(t))
-                rows.append(_showing(row, _estimate(row, self._point(a_t))))
-            self._variants[eta, again] = rows
+    def _build(self, eta: float, again: bool) -> list[Row]:
+        rows = []
+        for t, a_t, a_s in self._levels():
+            noisy = eta if a_t < a_s else 0.0
+            row = ddim_row(a_t, a_s, self._prediction, self._clips, noisy, again, float(t))
+            rows.append(_showing(row, _estimate(row, self._point(a_t))))
         return rows
 
     def step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False,

@@ -12,7 +12,7 @@ from ...plan import Row
 from ...solvers.dpm import DATA, SAMPLE, _multistep, data_step, noise_step
 from ...solvers.rows import Rows, Weights, combined, first_order, noise_of
 from .base import _register
-from .by_sigma import _BySigma, _Edm
+from .by_sigma import _BySigma, _Drawing, _Edm
 
 
 class _Dpm(_BySigma):
@@ -41,18 +41,14 @@ class _Dpm(_BySigma):
         ).rows  # fmt: skip
 
 
-class _Drawing(_Dpm):
+class _Promoted(_Dpm, _Drawing):
     """A step that draws, where its algorithm is stochastic, in the dtype of what it integrates."""
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        row, kind = self._rows[index], model_output.dtype
+    def _noise_at(self, index, row, output, sample, generator):
+        kind = output.dtype
         if self._prediction != "sample":
             kind = torch.promote_types(kind, sample.dtype)
-        noise = self._normals(row, model_output, generator, None, self._sde, kind)
-        return self._stepped(index, row, sample, model_output, noise, return_dict)
+        return self._normals(row, output, generator, None, self._sde, kind)
 
 
 class _Given(_Dpm):
@@ -79,7 +75,7 @@ class DPMSolverMultistepScheduler(_Given, diffusers.DPMSolverMultistepScheduler)
 
 
 @_register
-class EDMDPMSolverMultistepScheduler(_Edm, _Drawing, diffusers.EDMDPMSolverMultistepScheduler):
+class EDMDPMSolverMultistepScheduler(_Edm, _Promoted, diffusers.EDMDPMSolverMultistepScheduler):
     def _leaves(self) -> bool:
         return super()._leaves() or self._prediction == "sample"
 
@@ -112,7 +108,7 @@ class DPMSolverMultistepInverseScheduler(_Given, diffusers.DPMSolverMultistepInv
 
 
 @_register
-class DPMSolverSinglestepScheduler(_Drawing, diffusers.DPMSolverSinglestepScheduler):
+class DPMSolverSinglestepScheduler(_Promoted, diffusers.DPMSolverSinglestepScheduler):
     """Lu et al. (2022a, 2022b), with the run's own levels for the inner ones: a step of order k
     ends k levels on, and a call makes it anew from its start with the estimates so far. Slot 0
     keeps its sample, 1 and 2 the estimates."""

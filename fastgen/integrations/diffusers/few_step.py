@@ -17,11 +17,11 @@ from .base import (
     _schedulers,
     _showing,
 )
-from .by_sigma import _BySigma
+from .by_sigma import _BySigma, _Drawing
 
 
 @_register
-class LCMScheduler(_BySigma, diffusers.LCMScheduler):
+class LCMScheduler(_Drawing, diffusers.LCMScheduler):
     _output = _schedulers.scheduling_lcm.LCMSchedulerOutput
     _keeps = False
 
@@ -43,41 +43,31 @@ class LCMScheduler(_BySigma, diffusers.LCMScheduler):
             rows.append(_showing(row, shown))
         return rows
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        row = self._rows[index]
-        noise = self._normals(row, model_output, generator, None, row.noises > 0)
-        return self._stepped(index, row, sample, model_output, noise, return_dict)
+    def _noise_at(self, index, row, output, sample, generator):
+        return self._normals(row, output, generator, None, row.noises > 0)
 
 
 @_register
 class TCDScheduler(_BySigma, diffusers.TCDScheduler):
     _output = _schedulers.scheduling_tcd.TCDSchedulerOutput
     _keeps = False
+    _usual = (0.3,)
 
-    def _build(self) -> list[Row]:
-        self._variants: dict[float, list[Row]] = {}
-        return self._variant(0.3)
-
-    def _variant(self, eta: float) -> list[Row]:
-        rows = self._variants.get(eta)
-        if rows is None:
-            rows = self._variants[eta] = []
-            grid, table = self._host_timesteps[self._start :], self._alpha_bars
-            for t, s in itertools.pairwise([*grid, 0]):
-                last = len(rows) + 1 == len(grid)
-                alpha, sigma = math.sqrt(table[t]), math.sqrt(1.0 - table[t])
-                a_u = table[math.floor((1.0 - eta) * s)]
-                of_x, of_e = estimate_of(self._prediction, alpha, sigma)
-                share = math.sqrt(1.0 - a_u) / sigma  # of eps = (x - alpha x_0) / sigma
-                of_denoised = math.sqrt(a_u) - share * alpha
-                shown = {"x": share + of_denoised * of_x, "e": of_denoised * of_e}
-                ratio = 1.0 if last or eta == 0.0 else table[s] / a_u
-                weights = combined((math.sqrt(ratio), shown))
-                row = Row((Output(weights, (math.sqrt(1.0 - ratio),)),), model_time=float(t))
-                rows.append(_showing(row, shown))
+    def _build(self, eta: float) -> list[Row]:
+        grid, table = self._host_timesteps[self._start :], self._alpha_bars
+        rows: list[Row] = []
+        for t, s in itertools.pairwise([*grid, 0]):
+            last = len(rows) + 1 == len(grid)
+            alpha, sigma = math.sqrt(table[t]), math.sqrt(1.0 - table[t])
+            a_u = table[math.floor((1.0 - eta) * s)]
+            of_x, of_e = estimate_of(self._prediction, alpha, sigma)
+            share = math.sqrt(1.0 - a_u) / sigma  # of eps = (x - alpha x_0) / sigma
+            of_denoised = math.sqrt(a_u) - share * alpha
+            shown = {"x": share + of_denoised * of_x, "e": of_denoised * of_e}
+            ratio = 1.0 if last or eta == 0.0 else table[s] / a_u
+            weights = combined((math.sqrt(ratio), shown))
+            row = Row((Output(weights, (math.sqrt(1.0 - ratio),)),), model_time=float(t))
+            rows.append(_showing(row, shown))
         return rows
 
     def step(self, model_output, timestep, sample, eta=0.3, generator=None, return_dict=True):
@@ -86,7 +76,7 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, eta, generator, return_dict)
-        row = self._variant(float(eta))[index]
+        row = self._rows_of(float(eta))[index]
         draws = eta > 0 and index + 1 < len(self._rows)
         noise = self._normals(row, model_output, generator, None, draws)
         return self._stepped(index, row, sample, model_output, noise, return_dict)

@@ -21,22 +21,17 @@ from .base import (
     _schedulers,
     _seeds,
 )
-from .by_sigma import _BySigma, _Plain
+from .by_sigma import _BySigma, _Drawing, _Plain
 
 
 @_register
 class LMSDiscreteScheduler(_BySigma, diffusers.LMSDiscreteScheduler):
     _output = _schedulers.scheduling_lms_discrete.LMSDiscreteSchedulerOutput
+    _usual = (4,)
 
-    def _build(self) -> list[Row]:
-        self._variants: dict[int, list[Row]] = {}
-        return self._variant(4)
-
-    def _variant(self, order: int) -> list[Row]:
-        if order not in self._variants:
-            levels = self._exploding(self._run)
-            self._variants[order] = self._shown(solvers.lms(levels, order=order), levels.points)
-        return self._variants[order]
+    def _build(self, order: int) -> list[Row]:
+        levels = self._exploding(self._run)
+        return self._shown(solvers.lms(levels, order=order), levels.points)
 
     def step(self, model_output, timestep, sample, order=4, return_dict=True):
         index = -1
@@ -44,7 +39,7 @@ class LMSDiscreteScheduler(_BySigma, diffusers.LMSDiscreteScheduler):
             index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, order, return_dict)
-        row = self._variant(order)[index]
+        row = self._rows_of(order)[index]
         return self._stepped(index, row, sample, model_output, NO_NOISE, return_dict)
 
 
@@ -95,7 +90,7 @@ class IPNDMScheduler(_Plain, diffusers.IPNDMScheduler):
 
 
 @_register
-class SASolverScheduler(_BySigma, diffusers.SASolverScheduler):
+class SASolverScheduler(_Drawing, diffusers.SASolverScheduler):
     _casts = "sample"
 
     @functools.wraps(diffusers.SASolverScheduler.__init__)  # type: ignore[misc]
@@ -126,15 +121,10 @@ class SASolverScheduler(_BySigma, diffusers.SASolverScheduler):
             stays, True,
         ).rows)  # fmt: skip
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        row = self._rows[index]
+    def _noise_at(self, index, row, output, sample, generator):
         if self._noise == "fastgen" and self._seeds is None:  # a first row may draw nothing
-            self._seeds = _seeds(generator, model_output)
-        noise = self._normals(row, model_output, generator, None, True)
-        return self._stepped(index, row, sample, model_output, noise, return_dict)
+            self._seeds = _seeds(generator, output)
+        return super()._noise_at(index, row, output, sample, generator)
 
 
 @_register

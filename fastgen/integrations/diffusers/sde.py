@@ -13,11 +13,13 @@ from ... import solvers
 from ...plan import Row
 from ...solvers.dpm import _multistep
 from .base import _register, _schedulers
-from .by_sigma import _BySigma, _Edm
+from .by_sigma import _BySigma, _Drawing, _Edm
 
 
 @_register
-class CosineDPMSolverMultistepScheduler(_Edm, diffusers.CosineDPMSolverMultistepScheduler):
+class CosineDPMSolverMultistepScheduler(
+    _Edm, _Drawing, diffusers.CosineDPMSolverMultistepScheduler
+):
     noise_sampler: Any
 
     def _leaves(self) -> bool:
@@ -33,11 +35,7 @@ class CosineDPMSolverMultistepScheduler(_Edm, diffusers.CosineDPMSolverMultistep
             kind=config.solver_type, eta=1.0, orders=orders,
         ).rows)  # fmt: skip
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = self._next(timestep)
-        if index < 0:
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        row = self._rows[index]
+    def _noise_at(self, index, row, output, sample, generator):
         given = None
         if self._noise == "torch":
             if self.noise_sampler is None:
@@ -45,15 +43,14 @@ class CosineDPMSolverMultistepScheduler(_Edm, diffusers.CosineDPMSolverMultistep
                 seed = [g.initial_seed() for g in generator] if several else None
                 if generator is not None and not several:
                     seed = generator.initial_seed()
-                both = torch.promote_types(sample.dtype, model_output.dtype)
+                both = torch.promote_types(sample.dtype, output.dtype)
                 self.noise_sampler = BrownianTreeNoiseSampler(
-                    model_output.to(both), self.config.sigma_min, self.config.sigma_max, seed
+                    output.to(both), self.config.sigma_min, self.config.sigma_max, seed
                 )
             if row.noises:
                 at, to = self.sigmas[index + self._start :][:2]
-                given = self.noise_sampler(at, to).to(model_output.device)
-        noise = self._normals(row, model_output, generator, given, False)
-        return self._stepped(index, row, sample, model_output, noise, return_dict)
+                given = self.noise_sampler(at, to).to(output.device)
+        return self._normals(row, output, generator, given, False)
 
 
 @_register
@@ -63,31 +60,25 @@ class DPMSolverSDEScheduler(_BySigma, diffusers.DPMSolverSDEScheduler):
     its first part, as the tree's does."""
 
     noise_sampler: Any
+    _usual = (1.0,)
     _output = _schedulers.scheduling_dpmsolver_sde.DPMSolverSDESchedulerOutput
 
     def _leaves(self) -> bool:
         return self._prediction == "sample"
 
-    def _build(self) -> list[Row]:
-        self._variants: dict[float, list[Row]] = {}
-        return self._variant(1.0)
-
-    def _variant(self, s_noise: float) -> list[Row]:
-        if s_noise not in self._variants:
-            sigmas = self._run
-            if self._start % 2:
-                raise ValueError("begun inside a step")
-            levels = self._exploding([sigmas[0], *sigmas[1:-1:2], sigmas[-1]])
-            plan = solvers.dpmpp_sde(levels, s_noise=s_noise, correlated=self._noise != "torch")
-            points = [levels.at(row.model_time) for row in plan.rows]
-            self._variants[s_noise] = self._shown(plan, points)
-        return self._variants[s_noise]
+    def _build(self, s_noise: float) -> list[Row]:
+        sigmas = self._run
+        if self._start % 2:
+            raise ValueError("begun inside a step")
+        levels = self._exploding([sigmas[0], *sigmas[1:-1:2], sigmas[-1]])
+        plan = solvers.dpmpp_sde(levels, s_noise=s_noise, correlated=self._noise != "torch")
+        return self._shown(plan, [levels.at(row.model_time) for row in plan.rows])
 
     def step(self, model_output, timestep, sample, return_dict=True, s_noise=1.0):
         index = self._next(timestep) if s_noise >= 0.0 else -1
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict, s_noise)
-        row, second = self._variant(float(s_noise))[index], index % 2 == 1
+        row, second = self._rows_of(float(s_noise))[index], index % 2 == 1
         start, end = self.sigmas[index + self._start - second :][:2]
         start, end = start.log().neg(), end.log().neg()
         if not second:  # to the middle, by diffusers' float32: a path is read at the very time
