@@ -187,9 +187,10 @@ class _Fast:
     @_constant
     def _rows_of(self, *options: Any) -> list[Row]:
         """The rows of the run with options of ``step``'s own."""
-        if options not in self._variants:
-            self._variants[options] = self._build(*options)
-        return self._variants[options]
+        rows = self._variants.get(options)
+        if rows is None:
+            rows = self._variants[options] = self._build(*options)
+        return rows
 
     @property
     def _host_timesteps(self) -> list[Any]:

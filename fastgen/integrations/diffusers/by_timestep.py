@@ -49,11 +49,11 @@ class _ByTimestep(_Fast):
         """The row's index; None for a timestep that is not on the grid."""
         if self._rows is None:
             self._begin()
-        if self._left:
-            return None
-        place = element_of(self.timesteps, timestep)
-        if place is None:
-            place = self._places.get(int(timestep))
+        return None if self._left else self._found(timestep)
+
+    def _found(self, timestep: Any) -> int | None:
+        number = timestep if self._times is None else self._value(timestep)
+        place = self._places.get(int(number))
         if place == 0:
             self._seeds = None  # another run
         return place
@@ -71,7 +71,7 @@ class _ByTimestep(_Fast):
         rows = self._rows_of(*key)
         hidden = isinstance(timestep, Tensor) and (not timestep.is_cpu or is_compiling())
         if not hidden or rows[0].threshold or element_of(self.timesteps, timestep) is not None:
-            place = self._row_at(timestep)
+            place = self._found(timestep)
             return place, None if place is None else rows[place], None
         matches = self.timesteps.to(timestep.device) == timestep
         found = torch.where(matches.any(), matches.int().argmax(), len(rows))
