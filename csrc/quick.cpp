@@ -163,10 +163,6 @@ bool may_spoil(const View& out, const View& given) {
     return given.data < end_of(out) && out.data < end_of(given) && !is_same(out, given);
 }
 
-}  // namespace
-
-namespace {
-
 // The tensors of a step of a Loop or a scheduler: looked at once, then laid out and run. Each add
 // is false where a tensor is out of the ordinary.
 class StepCall {

@@ -119,6 +119,17 @@ def _bound(value: Any) -> float:
     return 0.0 if abs(bound) < SMALLEST else bound
 
 
+def shape(value: Any) -> tuple[int, ...]:
+    """(B, ...), of which the noise counter can number a sample."""
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
+        raise TypeError(f"shape: got {type(value).__name__}, expected a sequence of integers")
+    sizes = tuple(integer("shape", n, 0) for n in value)
+    if not sizes:
+        raise ValueError("shape: got (), expected the batch as dimension 0")
+    size(sizes)
+    return sizes
+
+
 def size(shape: Sequence[int]) -> None:
     """A sample that the noise counter can number."""
     if math.prod(shape[1:]) > MAX_ELEMENTS:

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from . import backends, checks
 from .ops import kernel
-from .ops.brownian import motion, tick
+from .ops.brownian import motion, ticks_of
 from .ops.dispatch import is_eager, is_plain
 from .plan import MAX_NOISES, MAX_OUTPUTS, Output, Plan, Row
 
@@ -63,7 +63,7 @@ class Loop:
         if any("known" in row.reads for row in plan.rows):
             raise ValueError("plan: a row reads 'known', which a Loop does not carry: fastgen.step")
         start = checks.integer("start", start, 0, len(plan))
-        if start and _lacking(plan, start, set()):
+        if plan.unwritten(start):
             raise ValueError(
                 f"start: got {start}, but {plan.solver or 'the plan'} reads what former rows keep; "
                 "plan what is left, as in solver(levels[start:]), or load a state"
@@ -81,7 +81,7 @@ class Loop:
         if seed is not None:
             checks.size(x.shape)
             self._seed = checks.seed(seed, self._batch, x.device)
-        self._ticks = _ticks(plan, seed) if brownian else None
+        self._ticks = ticks_of(plan, seed) if brownian else None
         guidance = checks.per_sample("guidance_scale", guidance_scale, self._batch, x.device)
         self._guidance: float | Tensor = guidance
         self._packed_guidance: float | tuple[Tensor, int]
@@ -191,9 +191,9 @@ class Loop:
             if kept is not None:
                 checks.like(f"state['history'][{slot}]", kept, "x", self._x)
         there = {f"h{slot}" for slot, kept in enumerate(history) if kept is not None}
-        lacking = _lacking(self.plan, index, there)
+        lacking = self.plan.unwritten(index, there)
         if lacking:
-            raise ValueError(f"state['history']: lacks slot {lacking[1]}, which is read")
+            raise ValueError(f"state['history']: lacks slot {lacking[1][0][1]}, which is read")
         self._history = [None if h is None else h.to(self._history_dtype, copy=True)
                         for h in history]  # fmt: skip
         if 0 < index < len(self.plan):
@@ -247,7 +247,7 @@ class Loop:
         normals = () if noise is None else (noise,) if isinstance(noise, Tensor) else tuple(noise)
         if self._ticks and not normals and not self.done and self.row.noises:
             first, last = self._ticks[self.index : self.index + 2]
-            name = kernel.choose(self._backend, self._x.float())
+            name = backends.choose("step", self._backend, self._x.device, torch.float32)
             normals = (motion(self._x.shape, last, first, True, self._seed, self._ids,
                               self._x.device, name),)  # fmt: skip
         if self._step_straight(output, uncond, normals):
@@ -378,31 +378,6 @@ class Loop:
         backend = kernel.choose(self._backend, x)
         return kernel.run(x.shape, row, backend=backend, dtypes=(x.dtype,), device=x.device,
                           like=x, x=x)[0]  # fmt: skip
-
-
-def _ticks(plan: Plan, seed: object) -> list[int]:
-    """The times of a plan's levels on its Brownian path."""
-    if seed is None:
-        raise ValueError("seed: got None, but the Brownian path is drawn from it")
-    times = [tick(*plan.level(index)) for index in range(len(plan) + 1)]
-    for index, row in enumerate(plan.rows):
-        if row.noises > 1 or (row.noises and times[index] <= times[index + 1]):
-            raise ValueError(
-                f"brownian: rows[{index}] of {plan.solver or 'the plan'} does not go down a noise "
-                "level with one normal an element"
-            )
-    return times
-
-
-def _lacking(plan: Plan, start: int, there: set[str]) -> str | None:
-    """The first history slot, as in "h0", that a row from start on reads and none there writes."""
-    written = set(there)
-    for row in plan.rows[start:]:
-        lacking = {name for name in row.reads if name[0] == "h"} - written
-        if lacking:
-            return min(lacking)
-        written |= {f"h{output.target}" for output in row.outputs}
-    return None
 
 
 def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
@@ -220,7 +220,6 @@ class Plan:
             raise ValueError("rows: got none, expected at least one step")
         if checks.number("initial_scale", self.initial_scale) < 0:
             raise ValueError(f"initial_scale: got {self.initial_scale}, expected at least 0")
-        written: set[str] = set()
         for i, row in enumerate(self.rows):
             if self.discrete and row.model_time != int(row.model_time):
                 raise ValueError(
@@ -231,19 +230,31 @@ class Plan:
             targets = [output.target for output in row.outputs]
             if len(set(targets)) != len(targets):
                 raise ValueError(f"rows[{i}]: two outputs with the same target")
-            unwritten = {name for name in row.reads if name[0] == "h"} - written
-            if unwritten:
-                raise ValueError(f"rows[{i}]: reads {sorted(unwritten)} before it is written")
-            written |= {f"h{t}" for t in targets if isinstance(t, int)}
             last = i + 1 == len(self.rows)
             scaled = not last and self.rows[i + 1].input_scale != 1.0
             if scaled and "input" not in targets:
                 raise ValueError(
                     f"rows[{i + 1}]: input_scale is not 1, so rows[{i}] must make the network input"
                 )
+        lacking = self.unwritten()
+        if lacking:
+            raise ValueError(f"rows[{lacking[0]}]: reads {lacking[1]} before it is written")
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def unwritten(
+        self, start: int = 0, there: Collection[str] = ()
+    ) -> tuple[int, list[str]] | None:
+        """(row, slots) where a run of the rows from ``start`` on first reads history, as in "h0",
+        that is not there and that none of them has written; None where there is no such row."""
+        written = set(there)
+        for i, row in enumerate(self.rows[start:], start):
+            lacking = {name for name in row.reads if name[0] == "h"} - written
+            if lacking:
+                return i, sorted(lacking)
+            written |= {f"h{output.target}" for output in row.outputs}
+        return None
 
     def level(self, index: int) -> tuple[float, float]:
         """(alpha, sigma) of the sample before a row, or of the result (``len(plan)``).

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..plan import INPUTS, MAX_OUTPUTS, ROW_FLOATS
+from ..plan import INPUTS, MAX_OUTPUTS, ROW_FLOATS, Plan
 from . import kernel
 
 BROWNIAN = 7  # its stream in the noise contract
@@ -46,12 +46,7 @@ def brownian(
     the times are the same multiple.
     """
     first, last = _ticks("start", start), _ticks("end", end)
-    if not isinstance(shape, Sequence):
-        raise TypeError(f"shape: got {type(shape).__name__}, expected a sequence of integers")
-    shape = tuple(checks.integer("shape", n, 0) for n in shape)
-    if not shape:
-        raise ValueError("shape: got (), expected the batch as dimension 0")
-    checks.size(shape)
+    shape = checks.shape(shape)
     device = torch.empty(0, device=device).device
     key = checks.seed(seed, shape[0], device)
     ids = checks.sample_ids(sample_ids, shape[0], device)
@@ -68,9 +63,19 @@ def _ticks(name: str, time: float) -> int:
     return round(time * _TICKS)
 
 
-def tick(alpha: float, sigma: float) -> int:
-    """The time of a noise level, sigma / (alpha + sigma), in ticks."""
-    return round(sigma / (alpha + sigma) * _TICKS)
+def ticks_of(plan: Plan, seed: object) -> list[int]:
+    """The times of a plan's levels on its Brownian path, sigma / (alpha + sigma), in ticks."""
+    if seed is None:
+        raise ValueError("seed: got None, but the Brownian path is drawn from it")
+    levels = [plan.level(index) for index in range(len(plan) + 1)]
+    times = [round(sigma / (alpha + sigma) * _TICKS) for alpha, sigma in levels]
+    for index, row in enumerate(plan.rows):
+        if row.noises > 1 or (row.noises and times[index] <= times[index + 1]):
+            raise ValueError(
+                f"brownian: rows[{index}] of {plan.solver or 'the plan'} does not go down a noise "
+                "level with one normal an element"
+            )
+    return times
 
 
 def motion(

@@ -86,12 +86,7 @@ def randn(
     if out is not None:
         dtype = dtype or out.dtype
         device = device if device is not None else out.device
-    if not isinstance(shape, Sequence | np.ndarray) or isinstance(shape, str):
-        raise TypeError(f"shape: got {type(shape).__name__}, expected a sequence of integers")
-    shape = tuple(checks.integer("shape", n, 0) for n in shape)
-    if not shape:
-        raise ValueError("shape: got (), expected the batch as dimension 0")
-    checks.size(shape)
+    shape = checks.shape(shape)
     device = torch.empty(0, device=device).device
     dtype = dtype or torch.float32
     if dtype not in checks.DTYPES:
