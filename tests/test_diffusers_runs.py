@@ -13,6 +13,7 @@ from fastgen.testing import assert_bitwise
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 from fastgen.integrations import diffusers as fast  # noqa: E402
+from fastgen.integrations.diffusers.base import _made  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers', of NumPy's
 COMPILED = (
@@ -177,3 +178,28 @@ def test_a_new_loop_needs_timesteps_and_can_be_copied():
     for other in (copy.deepcopy(run), pickle.loads(pickle.dumps(run)), run):
         assert_bitwise(loop(other, half, made.timesteps[2:]), want)
     assert_bitwise(loop(run.new_loop(), x, made.timesteps), want)
+
+
+def test_a_loop_of_newer_timesteps_is_of_those():
+    made, plain = fast.DDIMScheduler(), fast.DDIMScheduler()
+    x = torch.randn(2, 3, 8, 8)
+    for steps in (20, 7):
+        made.set_timesteps(steps)
+        loop(made, x, made.timesteps)
+    plain.set_timesteps(7)
+    assert_bitwise(loop(made.new_loop(), x, plain.timesteps), loop(plain, x, plain.timesteps))
+
+
+@pytest.mark.parametrize("values", [1, 2])
+def test_a_result_is_as_diffusers_makes_it(values):
+    cls = diffusers.schedulers.scheduling_ddim.DDIMSchedulerOutput
+    tensors = [torch.randn(2) for _ in range(values)]
+    made, wanted = _made(cls, *tensors), cls(*tensors)
+    assert type(made) is cls
+    assert list(made.items()) == list(wanted.items())
+    assert vars(made) == vars(wanted)
+    assert made.to_tuple() == wanted.to_tuple()
+    revived = pickle.loads(pickle.dumps(made))
+    assert list(revived) == list(wanted)
+    made.prev_sample = tensors[0] + 1
+    assert_bitwise(made["prev_sample"], tensors[0] + 1)

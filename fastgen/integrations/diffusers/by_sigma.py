@@ -15,6 +15,8 @@ from ...levels import NoiseLevels, Point, estimate_of
 from ...plan import Output, Plan, Row
 from ...solvers.euler import down_and_up
 from .base import (
+    _WANTS_FLOAT,
+    _WANTS_SCALED,
     NO_NOISE,
     SHOWN,
     _estimate,
@@ -150,6 +152,9 @@ class _Plain(_BySigma):
     """The step of those that draw nothing and take no option."""
 
     def step(self, model_output, timestep, sample, return_dict=True):
+        done = self._under_way(timestep, sample, model_output, return_dict)
+        if done is not None:
+            return done
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
@@ -159,10 +164,15 @@ class _Plain(_BySigma):
 class _Drawing(_BySigma):
     """The step of those that draw and take no option."""
 
+    _draws = True
+
     def _noise_at(self, index: int, row: Row, output: Tensor, sample: Tensor, generator: Any):
         return self._normals(row, output, generator, None, True)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        done = self._under_way(timestep, sample, model_output, return_dict, self._draws)
+        if done is not None:
+            return done
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, generator, return_dict)
@@ -176,6 +186,7 @@ class _Strict(_BySigma):
 
     is_scale_input_called: bool
     _upcasts, _casts, _keeps = True, "output", False
+    _strict = _WANTS_FLOAT + _WANTS_SCALED
 
     def _next(self, timestep: Any) -> int:
         if _is_whole(timestep) or not self.is_scale_input_called:
@@ -234,6 +245,10 @@ class EulerDiscreteScheduler(_Churned, diffusers.EulerDiscreteScheduler):
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True):  # fmt: skip
+        if s_churn == 0.0:
+            done = self._under_way(timestep, sample, model_output, return_dict)
+            if done is not None:
+                return done
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
@@ -267,6 +282,10 @@ class EDMEulerScheduler(_Edm, _Churned, diffusers.EDMEulerScheduler):
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True, pred_original_sample=None):  # fmt: skip
+        if s_churn == 0.0 and pred_original_sample is None:
+            done = self._under_way(timestep, sample, model_output, return_dict)
+            if done is not None:
+                return done
         index = -1 if pred_original_sample is not None else self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
@@ -292,6 +311,9 @@ class _Kdpm2(_BySigma):
     first call is done, tells its ``scale_model_input`` which of the two it is."""
 
     _eta = 0.0
+
+    def _step_of(self, row: Row) -> None:
+        return None
 
     def _leaves(self) -> bool:
         return self._prediction == "sample"

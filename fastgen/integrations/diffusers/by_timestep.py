@@ -121,6 +121,11 @@ class _Ddim(_ByTimestep):
 
     def step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False,
              generator=None, variance_noise=None, return_dict=True):  # fmt: skip
+        if variance_noise is None:
+            options = (eta, use_clipped_model_output)
+            done = self._under_way(timestep, sample, model_output, return_dict, eta > 0, options)
+            if done is not None:
+                return done
         row = None
         if self.num_inference_steps is not None and (variance_noise is None or generator is None):
             key = (float(eta), bool(use_clipped_model_output))
@@ -164,6 +169,9 @@ class DDIMInverseScheduler(_ByTimestep, diffusers.DDIMInverseScheduler):
 
 
 class _Ddpm(_ByTimestep):
+    def _step_of(self, row: Row) -> tuple | None:
+        return None if self._learned else super()._step_of(row)
+
     def _leaves(self) -> bool:
         return super()._leaves() or self.config.variance_type == "learned"
 
@@ -184,6 +192,9 @@ class _Ddpm(_ByTimestep):
         return rows
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        done = self._under_way(timestep, sample, model_output, return_dict, True)
+        if done is not None:
+            return done
         logvar = None
         index, row, table = self._chosen(timestep, sample)
         if row is None:

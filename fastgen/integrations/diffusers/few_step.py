@@ -11,6 +11,7 @@ from ...levels import estimate_of
 from ...plan import Output, Row
 from ...solvers.rows import combined
 from .base import (
+    _WANTS_FLOAT,
     NO_NOISE,
     _is_whole,
     _register,
@@ -73,6 +74,9 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
     def step(self, model_output, timestep, sample, eta=0.3, generator=None, return_dict=True):
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
+        done = self._under_way(timestep, sample, model_output, return_dict, eta > 0, (eta,))
+        if done is not None:
+            return done
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, eta, generator, return_dict)
@@ -85,7 +89,10 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
 @_register
 class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscreteScheduler):
     _output = _schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput
-    _casts, _keeps = "output", False
+    _casts, _keeps, _strict = "output", False, _WANTS_FLOAT
+
+    def _step_of(self, row: Row) -> tuple:
+        return row.packed, row.targets, self._random  # in a last step as well
 
     def _build(self) -> list[Row]:
         rows, sigmas = [], self._run
@@ -101,6 +108,10 @@ class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscrete
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, per_token_timesteps=None, return_dict=True):  # fmt: skip
+        if per_token_timesteps is None:
+            done = self._under_way(timestep, sample, model_output, return_dict)
+            if done is not None:
+                return done
         index = -1
         if per_token_timesteps is None and not _is_whole(timestep):
             index = self._next(timestep)
