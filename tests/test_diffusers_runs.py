@@ -12,6 +12,8 @@ import torch
 from fastgen.testing import assert_bitwise
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+from test_diffusers import method, timed, times_of  # noqa: E402
+
 from fastgen.integrations import diffusers as fast  # noqa: E402
 from fastgen.integrations.diffusers.base import _made  # noqa: E402
 
@@ -21,6 +23,8 @@ COMPILED = (
     "EulerAncestralDiscreteScheduler", "FlowMatchEulerDiscreteScheduler",
     "HeunDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler",
     "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler", "SASolverScheduler",
+    "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler",
+    "SCMScheduler", "ScoreSdeVeScheduler",
 )  # fmt: skip
 
 
@@ -31,13 +35,14 @@ def network(x, t):
 def loop(scheduler, x, times, **options):
     for t in times:
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(network(seen, t), t, x, **options, return_dict=False)[0]
+        step = getattr(scheduler, method(scheduler))
+        x = step(network(seen, t), t, x, **options, return_dict=False)[0]
     return x
 
 
 def begun(name, steps=4, **options):
     made = getattr(fast, name).from_config(getattr(diffusers, name)().config, **options)
-    made.set_timesteps(steps)
+    timed(made, steps)
     if hasattr(made, "set_begin_index"):
         made.set_begin_index(0)
     return made
@@ -51,7 +56,7 @@ def test_a_whole_loop_compiles(name, kind):
     for compiled in (True, False):
         torch._dynamo.reset()
         made = begun(name)
-        times = made.timesteps if kind == "tensors" else made.timesteps.tolist()
+        times = times_of(made) if kind == "tensors" else times_of(made).tolist()
 
         def run(x, made=made, times=times):
             return loop(made, x, times)
@@ -90,17 +95,17 @@ def test_one_compiled_step_serves_all_timesteps(name):
 def test_a_device_is_not_waited_for(name):
     """A tensor on the meta device has no values: to ask for one is an error."""
     made = getattr(fast, name)()
-    made.set_timesteps(6)
+    timed(made, 6)
     if hasattr(made, "noise_sampler"):  # torchsde's, which needs a device that computes
         made._noise = "fastgen"
     if hasattr(made, "set_begin_index"):
         made.set_begin_index(0)
-    plain = loop_shapes(made, torch.ones(1, 3, 8, 8), made.timesteps)
-    made.set_timesteps(6)
+    plain = loop_shapes(made, torch.ones(1, 3, 8, 8), times_of(made))
+    timed(made, 6)
     made._times = made.timesteps.tolist()
     made._begin()
     made.timesteps = made.timesteps.to("meta")
-    assert loop_shapes(made, torch.empty(1, 3, 8, 8, device="meta"), made.timesteps) == plain
+    assert loop_shapes(made, torch.empty(1, 3, 8, 8, device="meta"), times_of(made)) == plain
 
 
 def loop_shapes(made, x, times):
@@ -108,7 +113,7 @@ def loop_shapes(made, x, times):
     if hasattr(made, "is_scale_input_called"):
         made.is_scale_input_called = True
     for t in times:
-        x, *rest = made.step(0.5 * x, t, x, return_dict=False)
+        x, *rest = getattr(made, method(made))(0.5 * x, t, x, return_dict=False)
         shapes.append((x.shape, x.dtype, len(rest)))
     return shapes
 
@@ -133,19 +138,30 @@ def test_runs_that_are_held_apart_do_not_meet(name):
     for k, x in enumerate(firsts):
         alone = begun(name, 6, noise="fastgen")
         torch.manual_seed(k)
-        wanted.append(loop(alone, x, alone.timesteps))
+        wanted.append(loop(alone, x, times_of(alone)))
     loop(made, firsts[0], made.timesteps[:2])  # a run under way
     runs = [made.new_loop() for _ in firsts]
     assert all(type(run) is type(made) and run.config == made.config for run in runs)
     assert runs[0]._rows is runs[1]._rows
     samples = list(firsts)
-    for i, t in enumerate(made.timesteps):
+    for i, t in enumerate(times_of(made)):
         for k, run in enumerate(runs):
             if i == 0:
                 torch.manual_seed(k)
             samples[k] = loop(run, samples[k], [t])
     for got, want in zip(samples, wanted, strict=True):
         assert_bitwise(got, want)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "LCMScheduler"])
+def test_a_new_loop_has_nothing_of_former_timesteps(name):
+    made, x = begun(name, 10), torch.ones(1, 3, 4, 4)
+    loop(made, x, made.timesteps)
+    timed(made, 20)
+    torch.manual_seed(0)
+    want = loop(made, x, made.timesteps)
+    torch.manual_seed(0)
+    assert_bitwise(loop(made.new_loop(), x, made.timesteps), want)
 
 
 def test_threads_share_the_numbers():
