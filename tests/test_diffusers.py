@@ -6,6 +6,8 @@ import copy
 import inspect
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,6 +188,7 @@ def test_a_seed_gives_diffusers_image(name, config):
         for want, got in zip(expected, actual, strict=True):
             assert (got.dtype, got.shape) == (want.dtype, want.shape)
             assert float((got - want).abs().max()) <= 1.5e-4 * float(want.abs().max())
+        assert not ours._left
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -328,6 +331,20 @@ def test_what_is_exported_is_what_convert_knows():
     assert set(fast.__all__) == {"convert", *fast._CLASSES}
 
 
+def test_every_scheduler_is_here_or_named_as_left_out():
+    """Those that a new version of diffusers adds are to be added or named."""
+    page = (Path(__file__).parents[1] / "docs" / "diffusers.md").read_text()
+    parts = page.split("Left out for good")
+    table, left = (set(re.findall(r"`(\w+Scheduler)`", part)) for part in (
+        parts[0], parts[1].split("**")[0]))  # fmt: skip
+    theirs = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")}
+    assert theirs <= table | left
+    assert set(fast._CLASSES) <= table
+    assert table - set(fast._CLASSES) <= {"CosineDPMSolverMultistepScheduler",
+                                          "DPMSolverSDEScheduler"}  # fmt: skip
+    assert not table & left
+
+
 def test_converting_again_keeps_what_was_asked_for():
     once = fast.convert(diffusers.DDIMScheduler(), noise="fastgen", compat="diffusers")
     again = fast.convert(once)
@@ -438,17 +455,44 @@ def test_a_pipeline_makes_the_same_image(name, unet, tmp_path):
     assert type(loaded.scheduler) is getattr(diffusers, f"{name}Scheduler")
 
 
-def test_schedulers_can_be_copied_and_pickled():
-    made = fast.convert(diffusers.DPMSolverMultistepScheduler(), noise="fastgen")
-    made.set_timesteps(4)
-    x = torch.ones(SHAPE)
-    made.step(x, made.timesteps[0], x)
-    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_schedulers_can_be_copied_pickled_and_saved(name, tmp_path):
+    made = fast.convert(getattr(diffusers, name)(), noise="fastgen")
+    times, x = timed(made, 6), torch.ones(SHAPE)
+    if hasattr(made, "scale_model_input"):
+        made.scale_model_input(x, times[0])
+    getattr(made, method(made))(x, times[0], x)
+    ends = []
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), made):
         assert type(other) is type(made)
         assert other._noise == "fastgen"
-        again = copy.deepcopy(made)
-        t = made.timesteps[1]
-        assert_bitwise(other.step(x, t, x).prev_sample, again.step(x, t, x).prev_sample)
+        torch.manual_seed(0)
+        ends.append(getattr(other, method(other))(0.5 * x, times[1], x).prev_sample)
+    assert_bitwise(ends[0], ends[2])
+    assert_bitwise(ends[1], ends[2])
+    made.save_pretrained(tmp_path)
+    for module in (fast, diffusers):
+        loaded = getattr(module, name).from_pretrained(tmp_path)
+        assert type(loaded) is getattr(module, name)
+        assert all(loaded.config[k] == v for k, v in made.config.items() if k[0] != "_")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_strides_do_not_matter(name):
+    made = getattr(fast, name)()
+    times = timed(made, 6)
+    if hasattr(made, "is_scale_input_called"):
+        made.is_scale_input_called = True
+    x, e = (torch.randn(2, 8, 6, 3, generator=torch.Generator().manual_seed(k)) for k in range(2))
+    views = [tensor[:, :, ::2].permute(0, 3, 1, 2) for tensor in (x, e)]
+    ends = []
+    for x, e in (views, [view.contiguous() for view in views]):
+        run, y = made.new_loop(), x
+        torch.manual_seed(0)
+        for t in times[:3]:
+            y = getattr(run, method(run))(e, t, y).prev_sample
+        ends.append(y)
+    assert_bitwise(*ends)
 
 
 def test_what_does_not_fit_is_refused():

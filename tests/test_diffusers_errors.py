@@ -108,12 +108,16 @@ def test_a_step_errs_as_little_as_its_roundings(name, config, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted(fast._CLASSES))
 def test_half_precision_is_rounded_once(name, dtype, monkeypatch):
-    """The rms error is that of one rounding of the exact result, within 5 %."""
+    """The rms error is that of one rounding of the exact result, within 5 %; or the result is
+    float32, as there."""
     ours, ideal = [], []
     for want, got, value, _ in steps_of(name, {}, dtype, monkeypatch, 8):
-        if got.dtype == dtype:
-            assert want.dtype == dtype
-            largest = float(value.abs().max())
-            ours.append(deviation(got.double() - value) / largest)
-            ideal.append(deviation(value.to(dtype).double() - value) / largest)
+        assert want.dtype == got.dtype
+        if got.dtype != dtype:
+            assert name in ("SCMScheduler", "ScoreSdeVeScheduler")
+            assert got.dtype == torch.float32
+            continue
+        largest = float(value.abs().max())
+        ours.append(deviation(got.double() - value) / largest)
+        ideal.append(deviation(value.to(dtype).double() - value) / largest)
     assert math.hypot(*ours) <= 1.05 * math.hypot(*ideal)
