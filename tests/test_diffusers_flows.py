@@ -138,10 +138,38 @@ def test_lcm_on_a_flow_grows_as_there(mode):
     made = fast.convert(theirs, noise="fastgen")
     assert run(made, 5)[0].isfinite().all()
     assert run(made, 5)[0].shape == (2, 3, 16, 16)  # the first size is taken anew
+    x = normal(1)
+    found = []
+    for scheduler in (theirs, fast.convert(theirs)):  # noise of the sum's dtype
+        scheduler.set_timesteps(5)
+        generator = torch.Generator().manual_seed(3)
+        found.append(scheduler.step(x.double(), scheduler.timesteps[0], x, generator=generator))
+    assert found[1].prev_sample.dtype == found[0].prev_sample.dtype == torch.float64
+    assert_close(found[1].prev_sample, found[0].prev_sample, 1e-6)
     made.set_scale_factors([2.0], mode)
     made.set_timesteps(5)
     with pytest.raises(ValueError, match="_scale_factors"):
         made.step(normal(1), made.timesteps[0], normal(1))
+
+
+def test_lcm_that_grows_compiles():
+    made, x, ends = fast.FlowMatchLCMScheduler(**SCALES), normal(1), []
+    made.set_timesteps(5)
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        made._step_index = None
+        made.set_begin_index(0)
+
+        def loop(x):
+            for t in made.timesteps:
+                x = made.step(torch.tanh(x), t, x, return_dict=False)[0]
+            return x
+
+        torch.manual_seed(0)
+        call = torch.compile(loop, fullgraph=True, backend="aot_eager") if compiled else loop
+        ends.append(call(x))
+    assert ends[0].shape == (2, 3, 16, 16)
+    assert_bitwise(*ends)
 
 
 @pytest.mark.parametrize(

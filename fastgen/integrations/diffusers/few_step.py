@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ...levels import estimate_of
-from ...ops.guidance import combine
 from ...plan import Output, Row
 from ...solvers.rows import combined
 from .base import (
@@ -273,8 +272,9 @@ class FlowMatchLCMScheduler(_Flow, diffusers.FlowMatchLCMScheduler):
         if factors and place < len(factors):
             row = self._rows_of(True)[index]
             size = [round(factors[place] * length) for length in self._init_size]
-            estimate = combine((sample.float(), model_output), row.denoised)
+            estimate = torch.add(sample.float(), model_output, alpha=row.denoised[1])
             sample = interpolate(estimate, size=size, mode=self._upscale_mode)
             model_output = sample.to(model_output.dtype)  # its dtype is the result's
-        noise = self._normals(row, model_output, generator, None, True, torch.float32)
+        wide = torch.promote_types(torch.float32, model_output.dtype)
+        noise = self._normals(row, model_output, generator, None, True, wide)
         return self._stepped(index, row, sample, model_output, noise, return_dict)
