@@ -157,6 +157,11 @@ class _Fast:
     def __reduce__(self) -> Any:
         return _revived, (type(self).__name__,), self.__dict__
 
+    def _forget(self) -> None:
+        """Leaves the run behind, as new timesteps do."""
+        for name in _OF_A_RUN:
+            vars(self).pop(name, None)
+
     def _begin(self, start: int = 0) -> None:
         """Rows of a run from a step on: the first ones of a multistep method read nothing yet."""
         if self._rows is None or start != self._start:
@@ -391,8 +396,7 @@ def _register(cls: Any) -> Any:
         base.set_timesteps(self, *args, **kwargs)
         # on a device its numbers are read now, where a step would wait for them
         self._times = None if self.timesteps.is_cpu else self.timesteps.tolist()
-        for name in _OF_A_RUN:
-            vars(self).pop(name, None)
+        self._forget()
         self._fresh = {name: _own(value) for name, value in vars(self).items() if name != "_fresh"}
         if self._times is not None:
             self._begin()

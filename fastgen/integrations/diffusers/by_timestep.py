@@ -234,7 +234,7 @@ class ScoreSdeVeScheduler(_ByTimestep, diffusers.ScoreSdeVeScheduler):
     @functools.wraps(diffusers.ScoreSdeVeScheduler.set_sigmas)
     def set_sigmas(self, *args, **kwargs):
         super().set_sigmas(*args, **kwargs)
-        self._rows = None
+        self._forget()
         new = {"sigmas": self.sigmas, "discrete_sigmas": self.discrete_sigmas}
         self._fresh = self._fresh | new
 
@@ -252,11 +252,13 @@ class ScoreSdeVeScheduler(_ByTimestep, diffusers.ScoreSdeVeScheduler):
         return rows
 
     def step_pred(self, model_output, timestep, sample, generator=None, return_dict=True):
-        row = None
+        wide, row = _widened(sample, model_output), None
+        done = self._under_way(timestep, wide, model_output, return_dict, True)
+        if done is not None:
+            return done
         if not isinstance(timestep, Tensor) or timestep.numel() == 1:
             index, row, table = self._chosen(timestep, sample)
         if row is None:
             return super().step_pred(model_output, timestep, sample, generator, return_dict)
         noise = self._normals(row, sample, generator, None, True)
-        wide = _widened(sample, model_output)
         return self._stepped(index, row, wide, model_output, noise, return_dict, table=table)

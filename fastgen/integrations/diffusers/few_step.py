@@ -141,10 +141,15 @@ class SCMScheduler(_BySigma, diffusers.SCMScheduler):
         return rows
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        wide = _widened(sample, model_output)
+        if wide is sample:
+            done = self._under_way(timestep, sample, model_output, return_dict, True)
+            if done is not None:
+                return done
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        row, wide = self._rows[index], _widened(sample, model_output)
+        row = self._rows[index]
         noise = self._normals(row, model_output, generator, None, True, torch.get_default_dtype())
         if wide is sample:
             return self._stepped(index, row, sample, model_output, noise, return_dict)
@@ -220,6 +225,7 @@ class FlowMatchHeunDiscreteScheduler(_Churned, diffusers.FlowMatchHeunDiscreteSc
 
     _output = _schedulers.scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput
     _keeps = is_scale_input_called = True
+    _strict = _WANTS_FLOAT
 
     def _build(self, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> list[Row]:
         if self._start % 2:
@@ -246,7 +252,7 @@ class FlowMatchLCMScheduler(_Flow, diffusers.FlowMatchLCMScheduler):
     """The estimate of x_0 and noise again; ``scale_factors`` of another size, which is no row's."""
 
     _output = _schedulers.scheduling_flow_match_lcm.FlowMatchLCMSchedulerOutput
-    _casts, _keeps = "output", False
+    _casts, _keeps, _strict = "output", False, _WANTS_FLOAT
     _usual = (False,)
     _init_size: Any
 
@@ -261,6 +267,10 @@ class FlowMatchLCMScheduler(_Flow, diffusers.FlowMatchLCMScheduler):
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         factors = self._scale_factors if self._upscale_mode else None
+        if not factors:
+            done = self._under_way(timestep, sample, model_output, return_dict, True)
+            if done is not None:
+                return done
         if self._init_size is None or self._step_index is None:
             self._init_size = model_output.shape[2:]
         index = -1
