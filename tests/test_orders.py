@@ -57,6 +57,10 @@ DETERMINISTIC = {
         functools.partial(solvers.dpm_singlestep, order=2, data=False), 2),
     "dpm_singlestep 3, noise": (
         functools.partial(solvers.dpm_singlestep, order=3, data=False), 3),
+    "res_multistep": (solvers.res_multistep, 2),
+    "res_singlestep": (solvers.res_singlestep, 2),
+    "res_singlestep, c2 0.7": (functools.partial(solvers.res_singlestep, c2=0.7), 2),
+    "res_singlestep, c2 1": (functools.partial(solvers.res_singlestep, c2=1.0), 2),
     **{
         f"unipc {order}, {variant}, {'data' if data else 'noise'}, {'with' if c else 'without'}": (
             functools.partial(solvers.unipc, order=order, variant=variant, data=data, corrector=c,
@@ -120,6 +124,10 @@ STOCHASTIC = {
     "dpmpp_2s_ancestral": solvers.dpmpp_2s_ancestral,
     "dpmpp_sde": solvers.dpmpp_sde,
     "dpmpp_sde, r 0.4": functools.partial(solvers.dpmpp_sde, r=0.4),
+    "seeds_2": solvers.seeds_2,
+    "seeds_3": solvers.seeds_3,
+    "seeds_2, noise": functools.partial(solvers.seeds_2, data=False),
+    "seeds_3, noise": functools.partial(solvers.seeds_3, data=False),
     **{
         f"sa_solver {p}, {c}, {'data' if data else 'noise'}": functools.partial(
             solvers.sa_solver, predictor_order=p, corrector_order=c, data=data
@@ -206,6 +214,8 @@ def test_a_run_on_any_levels_is_finite(name, kind):
         (lambda: solvers.euler(ZERO, 3), "alpha_bar"),
         (lambda: solvers.lms(ZERO, 3, order=5, prediction="v"), "order"),
         (lambda: solvers.dpmpp_sde(ZERO, 3, r=1.0, prediction="v"), "r:"),
+        (lambda: solvers.res_singlestep(ZERO, 3, c2=1.5, prediction="v"), "c2"),
+        (lambda: solvers.seeds_3(ZERO, 3, s_noise=-1.0, prediction="v"), "s_noise"),
         (lambda: solvers.dpm2(ZERO, 3, eta=1.0, s_churn=1.0, prediction="v"), "eta, s_churn"),
     ],
 )

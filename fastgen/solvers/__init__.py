@@ -5,17 +5,23 @@ from .ddim import ddim
 from .ddpm import ddpm
 from .dpm import (
     dpm_multistep,
-    dpm_singlestep,
     dpmpp_2m,
     dpmpp_2m_sde,
-    dpmpp_2s_ancestral,
     dpmpp_3m_sde,
     dpmpp_multistep,
-    dpmpp_sde,
+    res_multistep,
 )
 from .euler import dpm2, euler, euler_ancestral, gradient_estimation, heun
 from .multistep import deis, ipndm, lms, pndm
 from .sa import sa_solver
+from .singlestep import (
+    dpm_singlestep,
+    dpmpp_2s_ancestral,
+    dpmpp_sde,
+    res_singlestep,
+    seeds_2,
+    seeds_3,
+)
 from .unipc import unipc
 
 __all__ = [
@@ -40,7 +46,11 @@ __all__ = [
     "lcm",
     "lms",
     "pndm",
+    "res_multistep",
+    "res_singlestep",
     "sa_solver",
+    "seeds_2",
+    "seeds_3",
     "tcd",
     "unipc",
 ]
