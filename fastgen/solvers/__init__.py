@@ -13,7 +13,9 @@ from .dpm import (
 )
 from .euler import dpm2, euler, euler_ancestral, gradient_estimation, heun
 from .multistep import deis, ipndm, lms, pndm
+from .repaint import repaint
 from .sa import sa_solver
+from .sde import er_sde, score_sde_ve, score_sde_vp
 from .singlestep import (
     dpm_singlestep,
     dpmpp_2s_ancestral,
@@ -38,6 +40,7 @@ __all__ = [
     "dpmpp_3m_sde",
     "dpmpp_multistep",
     "dpmpp_sde",
+    "er_sde",
     "euler",
     "euler_ancestral",
     "gradient_estimation",
@@ -46,9 +49,12 @@ __all__ = [
     "lcm",
     "lms",
     "pndm",
+    "repaint",
     "res_multistep",
     "res_singlestep",
     "sa_solver",
+    "score_sde_ve",
+    "score_sde_vp",
     "seeds_2",
     "seeds_3",
     "tcd",
