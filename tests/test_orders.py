@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -18,8 +17,7 @@ from fastgen import (
     sigmas,
     solvers,
 )
-from fastgen.bench import solver_errors
-from fastgen.bench.solver_errors import error, path, run
+from fastgen.bench.solver_errors import drawn_error, error, path
 
 DETERMINISTIC = {
     "euler": (solvers.euler, 1),
@@ -115,7 +113,6 @@ def test_a_corrector_of_the_predictors_order_keeps_it(order, data):
 
 # ---- what is drawn -------------------------------------------------------------------------------
 
-MEAN, SPREAD = 0.4, 0.7
 STOCHASTIC = {
     "euler_ancestral": solvers.euler_ancestral,
     "euler_ancestral, eta 0.5": functools.partial(solvers.euler_ancestral, eta=0.5),
@@ -159,31 +156,26 @@ STOCHASTIC = {
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 @pytest.mark.parametrize("way", ["vp", "ve", "flow"])
-def test_what_is_drawn_has_the_distribution_of_the_end(name, way, monkeypatch):
-    """For Gaussian data a run is linear in its first sample and its normals: one run for each of
-    them gives mean and variance, which come to those at the run's end as the steps grow finer."""
+def test_what_is_drawn_has_the_distribution_of_the_end(name, way):
     if name == "score_sde_vp" and way != "vp":
         with pytest.raises(ValueError, match="levels"):
             STOCHASTIC[name](path(way, 3))
         return
-    monkeypatch.setattr(solver_errors, "SHARES", ((1.0, MEAN, SPREAD),))
-    errors = []
-    for steps in (30, 60, 120):
-        points = path(way, steps)
-        plan = STOCHASTIC[name](points)
-        first, count = points.points[0], len(plan)
-        scale = plan.initial_scale / points.initial_scale  # churn begins above the first level
-        spread = math.hypot(first.alpha * SPREAD, scale * first.sigma)
-        x = np.full(count + 2, first.alpha * MEAN)
-        x[1] += spread
-        normals = np.zeros((count, count + 2))
-        normals[np.arange(count), np.arange(count) + 2] = 1.0
-        end = run(plan, points, x, normals)
-        mean, variance = end[0], ((end[1:] - end[0]) ** 2).sum()
-        wanted = points.end.alpha * MEAN, points.end.alpha**2 * SPREAD**2 + points.end.sigma**2
-        errors.append(max(abs(mean - wanted[0]), abs(variance / wanted[1] - 1.0)))
+    errors = [drawn_error(STOCHASTIC[name], path(way, steps)) for steps in (30, 60, 120)]
     assert errors[2] < 1e-3 or errors[2] < 0.65 * errors[1], errors
     assert abs(2 * errors[2] - errors[1]) < 0.025, errors  # with no steps at all
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("er_sde 1", 1), ("er_sde 2", 2), ("er_sde 3", 3), ("er_sde, published", 2), ("seeds_2", 2),
+     ("seeds_3", 2), ("score_sde_ve", 1), ("score_sde_vp", 1)],
+)  # fmt: skip
+def test_mean_and_variance_come_nearer_with_the_order(name, order):
+    steps = (60, 120, 240)
+    errors = [drawn_error(STOCHASTIC[name], path("vp", n)) for n in steps]
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert order - 0.35 < slope < order + 0.35, errors
 
 
 # ---- levels of every kind ------------------------------------------------------------------------
