@@ -115,7 +115,9 @@ inline void read_guidance(py::handle guidance, float& scale, const float*& point
 
 template <typename Params>
 void run_cpu(void (*kernel)(const Params&, int), const Params& params, int64_t grain, int threads) {
-    if (params.shape.batch * params.shape.elements < grain) threads = 1;
+    const int64_t elements = params.shape.batch * params.shape.elements;
+    if (elements < kNoiseGrain) return kernel(params, 1);  // sooner than another thread could start
+    if (elements < grain) threads = 1;
     py::gil_scoped_release release;
     kernel(params, threads);
 }
@@ -129,9 +131,8 @@ bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle no
                py::handle history, py::handle outs, py::handle row, py::handle guidance,
                py::handle seed, py::handle sample_ids, py::handle noise_step, py::handle streams,
                bool guided, int threads);
-py::object scheduler_step(py::handle x, py::handle output, py::handle noise, py::handle history,
-                          py::handle dtypes, py::handle row, py::handle seed, py::handle sample_ids,
-                          py::handle noise_step, py::handle streams, bool grad, int threads);
+py::object scheduler_step(PyObject* const* args);
+py::object scheduler_step_under_way(PyObject* const* args);
 py::object quick_reparameterize(py::handle mean, py::handle logvar, py::handle noise,
                                 py::handle out, py::handle kl, py::handle seed, int64_t noise_step,
                                 int noise_stream, bool grad, int threads);

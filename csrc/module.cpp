@@ -212,6 +212,31 @@ py::tuple philox(py::tuple counter, py::tuple key) {
     return py::make_tuple(c[0], c[1], c[2], c[3]);
 }
 
+py::object eager(PyObject* const*) { return py::bool_(is_eager()); }
+
+// A function of so many positional arguments without pybind11, whose reading of them takes a good
+// part of a small step.
+template <py::object (*Function)(PyObject* const*), Py_ssize_t Count>
+PyObject* run_bare(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    try {
+        if (count != Count) throw py::type_error("a call with another number of arguments");
+        return Function(args).release().ptr();
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const py::builtin_exception& error) {
+        error.set_error();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+template <py::object (*Function)(PyObject* const*), Py_ssize_t Count>
+PyMethodDef bare_method(const char* name) {
+    auto* run = reinterpret_cast<void*>(&run_bare<Function, Count>);
+    return {name, reinterpret_cast<PyCFunction>(run), METH_FASTCALL, nullptr};
+}
+
 py::tuple available_isas() {
     py::list names;
     for (const char* isa : {"baseline", "avx2", "avx512"})
@@ -231,7 +256,12 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("shapes_of", &shapes_of);
     m.def("quick_step", &quick_step);
     m.def("loop_step", &loop_step);
-    m.def("scheduler_step", &scheduler_step);
+    static PyMethodDef bare[] = {
+        bare_method<scheduler_step, 9>("scheduler_step"),
+        bare_method<scheduler_step_under_way, 7>("scheduler_step_under_way"),
+        bare_method<eager, 0>("is_eager"),
+        {nullptr, nullptr, 0, nullptr}};
+    if (PyModule_AddFunctions(m.ptr(), bare) != 0) throw py::error_already_set();
     m.def("quick_reparameterize", &quick_reparameterize);
     m.def("step", &step);
     m.def("reparameterize", &reparameterize);

@@ -224,6 +224,20 @@ class StepCall {
         return true;
     }
 
+    // What a row reads of a list.
+    bool add_history_read(PyObject* history, const StepRow& row) {
+        for (int k = 0; k < kHistory && k < int(PyList_GET_SIZE(history)); ++k) {
+            bool read = false;
+            for (const auto& weights : row.weights) read |= weights[kFirstHistory + k] != 0.0f;
+            PyObject* slot = PyList_GET_ITEM(history, k);
+            if (read && slot != Py_None && !add(p.history[k], slot)) return false;
+        }
+        return true;
+    }
+
+    // Whether a second thread is of no use, whatever is drawn.
+    bool is_small() const { return views_[0].elements() < std::min(kPlainGrain, kNoiseGrain); }
+
     // Tensors to write, which must share no memory with what the network or the caller gave.
     bool add_outs(py::handle outs) {
         for (int j = 0; j < kOutputs && j < int(PyTuple_GET_SIZE(outs.ptr())); ++j) {
@@ -281,32 +295,156 @@ bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle no
     return call.run(row, seed, sample_ids, noise_step, streams, threads);
 }
 
-// A scheduler's step: its results, in a tuple of new tensors, or None where a tensor is out of the
-// ordinary. dtypes: of each result, a DType or whose it is. grad: whether gradients are recorded.
-py::object scheduler_step(py::handle x, py::handle output, py::handle noise, py::handle history,
-                          py::handle dtypes, py::handle row, py::handle seed, py::handle sample_ids,
-                          py::handle noise_step, py::handle streams, bool grad, int threads) {
-    enum { kOfX = 3, kOfOutput = 4, kOfBoth = 5 };
-    StepCall call(grad);
-    if (!call.add(call.p.x, x.ptr()) || !call.add(call.p.cond, output.ptr()) ||
-        !call.add_noise(noise) || !call.add_history(history))
+namespace {
+
+// What a class of schedulers asks of a step, as fastgen/integrations/diffusers/base.py adds it up.
+enum Rule {
+    kOfSample = 3,
+    kOfOutput = 4,
+    kOfBoth = 5,
+    kWhose = 7,         // whose dtype the result has
+    kShownWide = 8,     // float32 for what is shown beside it
+    kKeeps = 16,        // rows read former results
+    kWantsFloat = 32,   // an index is no timestep
+    kWantsScaled = 64,  // the sample was scaled before the network saw it
+    kByTimestep = 128
+};  // no count of steps is kept
+
+// A row, as (bytes, targets of its outputs, how many normals it takes).
+struct Step {
+    PyObject *packed, *targets;
+    StepRow row;
+
+    Step(PyObject* bytes, PyObject* outputs) : packed(bytes), targets(outputs) {
+        memcpy(&row, PyBytes_AS_STRING(packed), sizeof row);
+    }
+};
+
+// (the next sample, what is shown beside it where the last target is kShown), or None where a
+// tensor or the call is out of the ordinary. What else the row makes goes into `kept`.
+py::object take(const Step& step, int rule, PyObject* kept, PyObject* sample, PyObject* output,
+                PyObject* normals, py::handle seed, py::handle ids, py::handle place,
+                py::handle streams) {
+    constexpr int64_t kShown = 6;
+    if (!is_eager()) return py::none();
+    StepCall call(true);
+    if (!call.add(call.p.x, sample) || !call.add(call.p.cond, output) ||
+        (normals && !call.add_noise(normals)) || (kept && !call.add_history_read(kept, step.row)))
         return py::none();
-    const int of_x = call.dtype(0), of_output = call.dtype(1);
-    const int count = int(PyTuple_GET_SIZE(dtypes.ptr()));
-    py::tuple outs(count);
-    for (int j = 0; j < count; ++j) {
-        int dtype = int(as_int(PyTuple_GET_ITEM(dtypes.ptr(), j)));
-        if (dtype == kOfBoth) dtype = of_x == of_output ? of_x : int(kFloat32);
-        if (dtype == kOfX) dtype = of_x;
-        if (dtype == kOfOutput) dtype = of_output;
-        py::object out = dtype == of_x ? new_like(x.ptr()) : new_like(x.ptr(), dtype);
-        if (!call.add_own(call.p.out[j], out.ptr())) return py::none();
-        PyTuple_SET_ITEM(outs.ptr(), j, out.release().ptr());
+    const int of_sample = call.dtype(0), of_output = call.dtype(1);
+    const int of_both = of_sample == of_output ? of_sample : int(kFloat32);
+    const int outputs = int(PyTuple_GET_SIZE(step.targets));
+    const auto target = [&](int j) { return as_int(PyTuple_GET_ITEM(step.targets, j)); };
+    const bool shows = outputs > 1 && target(outputs - 1) == kShown;
+    const int last = outputs - shows;
+    if (last > 1 && !kept) return py::none();
+    py::object outs[kOutputs];
+    for (int j = 0; j < outputs; ++j) {
+        int dtype = kFloat32;
+        if (j == 0)
+            dtype = (rule & kWhose) == kOfSample   ? of_sample
+                    : (rule & kWhose) == kOfOutput ? of_output
+                                                   : of_both;
+        else if (j == last && !(rule & kShownWide))
+            dtype = of_both;
+        outs[j] = dtype == of_sample ? new_like(sample) : new_like(sample, dtype);
+        if (!call.add_own(call.p.out[j], outs[j].ptr())) return py::none();
     }
     call.p.guidance_scale = 1.0f;
     call.p.fresh = true;
-    if (!call.run(row, seed, sample_ids, noise_step, streams, threads)) return py::none();
-    return outs;
+    if (!call.run(step.packed, seed, ids, place, streams, call.is_small() ? 1 : torch_threads()))
+        return py::none();
+    for (int j = 1; j < last; ++j)
+        if (PyList_SetItem(kept, target(j), outs[j].release().ptr()) != 0)
+            throw py::error_already_set();
+    py::tuple results(1 + shows);
+    PyTuple_SET_ITEM(results.ptr(), 0, outs[0].release().ptr());
+    if (shows) PyTuple_SET_ITEM(results.ptr(), 1, outs[last].release().ptr());
+    return results;
+}
+
+py::object item_of(PyObject* dict, PyObject* key) {
+    PyObject* item = PyDict_GetItemWithError(dict, key);
+    if (!item && PyErr_Occurred()) throw py::error_already_set();
+    return py::reinterpret_borrow<py::object>(item);
+}
+
+// A timestep on the host as a number, or null; whole: whether it is one of integers.
+py::object number_of(PyObject* timestep, bool& whole) {
+    whole = PyLong_Check(timestep);
+    if (whole) return py::reinterpret_borrow<py::object>(timestep);
+    if (PyFloat_Check(timestep)) return {};
+    int64_t value;
+    if (!try_read_index(timestep, value, whole)) return {};
+    return whole ? py::int_(value) : py::object();
+}
+
+}  // namespace
+
+// A step of a scheduler whose row, noise and history the caller has found: as `take` gives it.
+py::object scheduler_step(PyObject* const* args) {
+    const Step step(args[0], args[1]);
+    return take(step, int(as_int(args[2])), args[3] == Py_None ? nullptr : args[3], args[4],
+                args[5], PyTuple_GET_ITEM(args[6], 0), PyTuple_GET_ITEM(args[6], 1),
+                PyTuple_GET_ITEM(args[6], 2), args[7], args[8]);
+}
+
+// A step of a scheduler that is under way, found and counted here: own is its dict, which has
+//     _steps: from options to a list of (bytes, targets, normals) or None, a row each
+//     _step_index and _start, counted in steps; or _places, from timestep to row
+//     _kept: the history;  _seeds: (seed, sample ids) or None
+// None, with nothing changed, where anything is out of the ordinary.
+py::object scheduler_step_under_way(PyObject* const* args) {
+    static PyObject* const steps_name = PyUnicode_InternFromString("_steps");
+    static PyObject* const index_name = PyUnicode_InternFromString("_step_index");
+    static PyObject* const start_name = PyUnicode_InternFromString("_start");
+    static PyObject* const places_name = PyUnicode_InternFromString("_places");
+    static PyObject* const kept_name = PyUnicode_InternFromString("_kept");
+    static PyObject* const seeds_name = PyUnicode_InternFromString("_seeds");
+    static PyObject* const scaled_name = PyUnicode_InternFromString("is_scale_input_called");
+    PyObject *own = args[0], *options = args[2], *timestep = args[3];
+    const int rule = int(as_int(args[1]));
+    const py::object variants = item_of(own, steps_name);
+    if (!variants) return py::none();
+    const py::object steps = item_of(variants.ptr(), options);
+    if (!steps) return py::none();
+    if ((rule & kWantsScaled) && item_of(own, scaled_name).ptr() != Py_True) return py::none();
+    py::object place;
+    int64_t index;
+    if (rule & kByTimestep) {
+        bool whole;
+        const py::object number = number_of(timestep, whole), places = item_of(own, places_name);
+        if (number && places) place = item_of(places.ptr(), number.ptr());
+        if (!place) return py::none();
+        index = as_int(place.ptr());
+        if (index == 0) return py::none();  // another run
+    } else {
+        bool whole = false;
+        if (rule & kWantsFloat) number_of(timestep, whole);
+        place = item_of(own, index_name);
+        const py::object start = item_of(own, start_name);
+        if (whole || !place || !start || !PyLong_Check(place.ptr())) return py::none();
+        index = as_int(place.ptr()) - as_int(start.ptr());
+    }
+    if (index < 0 || index >= PyList_GET_SIZE(steps.ptr())) return py::none();
+    const auto found = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(steps.ptr(), index));
+    if (found.is_none()) return py::none();
+    const py::object kept = rule & kKeeps ? item_of(own, kept_name) : py::object();
+    py::object seeds = py::none();
+    if (PyTuple_GET_ITEM(found.ptr(), 2) != Py_False) {
+        seeds = item_of(own, seeds_name);
+        if (!seeds || seeds.is_none()) return py::none();
+    }
+    const Step step(PyTuple_GET_ITEM(found.ptr(), 0), PyTuple_GET_ITEM(found.ptr(), 1));
+    const bool draws = !seeds.is_none();
+    py::object results = take(step, rule, kept.ptr(), args[4], args[5], nullptr,
+                              draws ? PyTuple_GET_ITEM(seeds.ptr(), 0) : Py_None,
+                              draws ? PyTuple_GET_ITEM(seeds.ptr(), 1) : Py_None, place, args[6]);
+    if (!results.is_none() && !(rule & kByTimestep)) {
+        const py::int_ next(as_int(place.ptr()) + 1);
+        if (PyDict_SetItem(own, index_name, next.ptr()) != 0) throw py::error_already_set();
+    }
+    return results;
 }
 
 // As quick_step: z, or NotImplemented. kl: None, or where the divergences go.

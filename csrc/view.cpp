@@ -34,12 +34,12 @@ struct DlExchange {
     int (*tensor_from_object)(void* object, DlTensor* out);
     void* current_stream;
 };
-constexpr int kDlCpu = 1, kDlFloat = 2, kDlBfloat = 4;
+constexpr int kDlCpu = 1, kDlInt = 0, kDlFloat = 2, kDlBfloat = 4;
 
 DlExchange* exchange_table = nullptr;
 PyObject* torch_dtypes[3];
 PyObject* tensor_types[2];
-PyObject *empty_like, *dtype_keyword;
+PyObject *empty_like, *dtype_keyword, *mode_functions, *get_threads;
 PyObject *name_data_ptr, *name_dtype, *name_stride, *name_shape, *name_is_cpu, *name_is_neg,
     *name_is_zero, *name_requires_grad;
 
@@ -83,10 +83,13 @@ void look_by_attributes(PyObject* tensor, View& view) {
 
 }  // namespace
 
-void set_torch(py::tuple dtypes, py::tuple types, py::object allocate, py::object exchange) {
+void set_torch(py::tuple dtypes, py::tuple types, py::object allocate, py::object exchange,
+               py::tuple modes, py::object threads) {
     for (int i = 0; i < 3; ++i) torch_dtypes[i] = py::object(dtypes[i]).release().ptr();
     for (int i = 0; i < 2; ++i) tensor_types[i] = py::object(types[i]).release().ptr();
     empty_like = allocate.release().ptr();
+    mode_functions = modes.release().ptr();
+    get_threads = threads.release().ptr();
     dtype_keyword = py::make_tuple("dtype").release().ptr();
     name_data_ptr = PyUnicode_InternFromString("data_ptr");
     name_dtype = PyUnicode_InternFromString("dtype");
@@ -103,6 +106,23 @@ void set_torch(py::tuple dtypes, py::tuple types, py::object allocate, py::objec
     while (table && table->major != 1) table = table->previous;
     PyErr_Clear();
     exchange_table = table;
+}
+
+bool is_eager() {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(mode_functions); ++i) {
+        PyObject* mode = PyTuple_GET_ITEM(mode_functions, i);
+        const py::object state = checked(PyObject_CallNoArgs(PyTuple_GET_ITEM(mode, 0)));
+        const int off = PyObject_RichCompareBool(state.ptr(), PyTuple_GET_ITEM(mode, 1), Py_EQ);
+        if (off < 0) throw py::error_already_set();
+        if (!off) return false;
+    }
+    return true;
+}
+
+int torch_threads() {
+    const long threads = PyLong_AsLong(checked(PyObject_CallNoArgs(get_threads)).ptr());
+    if (threads == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return int(threads);
 }
 
 void look_at(PyObject* tensor, View& view) {
@@ -128,6 +148,29 @@ bool try_look_at(PyObject* tensor, View& view) {
     } catch (const std::exception&) {
         return false;
     }
+}
+
+bool try_read_index(PyObject* tensor, int64_t& value, bool& whole) {
+    whole = true;
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    if (!exchange_table || type != tensor_types[0]) return false;
+    DlTensor seen;
+    if (exchange_table->tensor_from_object(tensor, &seen) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    whole = seen.dtype.code != kDlFloat && seen.dtype.code != kDlBfloat;
+    if (seen.dtype.code != kDlInt || seen.device.type != kDlCpu) return false;
+    for (int dim = 0; dim < seen.ndim; ++dim)
+        if (seen.shape[dim] != 1) return false;
+    const char* data = static_cast<const char*>(seen.data) + seen.byte_offset;
+    if (seen.dtype.bits == 64)
+        value = *reinterpret_cast<const int64_t*>(data);
+    else if (seen.dtype.bits == 32)
+        value = *reinterpret_cast<const int32_t*>(data);
+    else
+        return false;
+    return true;
 }
 
 bool is_ordinary(PyObject* tensor, bool grad) {

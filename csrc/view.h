@@ -46,14 +46,25 @@ struct View {
     }
 };
 
-// What the module needs of torch, handed over once.
-void set_torch(py::tuple dtypes, py::tuple types, py::object empty_like, py::object exchange);
+// What the module needs of torch, handed over once. modes: (function, what it returns where nothing
+// stands between a call and its kernel), ...; threads: torch.get_num_threads.
+void set_torch(py::tuple dtypes, py::tuple types, py::object empty_like, py::object exchange,
+               py::tuple modes, py::object threads);
+
+// Whether all modes are off.
+bool is_eager();
+
+int torch_threads();
 
 // Fills `view`; throws the Python error of a tensor that has no memory to show.
 void look_at(PyObject* tensor, View& view);
 
 // The same, but false for such a tensor.
 bool try_look_at(PyObject* tensor, View& view);
+
+// An integer of a tensor of one element on the CPU; false where it cannot be read. whole: whether
+// the dtype may be one of integers.
+bool try_read_index(PyObject* tensor, int64_t& value, bool& whole);
 
 // Whether a tensor is all that its memory shows: exactly torch.Tensor or Parameter, no negative or
 // zero flag, and no gradient wanted while gradients are being recorded.

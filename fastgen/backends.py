@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
@@ -17,6 +18,14 @@ from torch.autograd import forward_ad
 from .cache import cached_constant
 
 _transforms = torch._C._functorch.peek_interpreter_stack
+# (a function, what it returns where nothing stands between a call and its kernel)
+_MODES: tuple[tuple[Callable[[], object], object], ...] = (
+    (torch._C._len_torch_dispatch_stack, 0),
+    (torch._C._len_torch_function_stack, 0),
+    (_transforms, None),
+    (functools.partial(getattr, forward_ad, "_current_level"), -1),
+    (torch._C._is_tracing, False),
+)
 
 try:
     from . import _native
@@ -30,6 +39,8 @@ else:
         (torch.Tensor, torch.nn.Parameter),
         torch.empty_like,
         getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+        _MODES,
+        torch.get_num_threads,
     )
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
@@ -158,6 +169,14 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
             )
         return "reference"
     return name
+
+
+def _is_eager() -> bool:
+    return all(state() == off for state, off in _MODES)
+
+
+#: Whether no mode, transform or trace stands between a call and its kernel.
+is_eager: Callable[[], bool] = _is_eager if _native is None else _native.is_eager
 
 
 def is_transformed() -> bool:

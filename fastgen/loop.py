@@ -322,10 +322,10 @@ class Loop:
         """To the next row, once the targets were written."""
         self._x = targets[0]
         if len(targets) > 1:
-            outputs = self._rows[self.index].outputs
-            for output, kept in zip(outputs[1:], targets[1:], strict=True):
-                if isinstance(output.target, int):
-                    self._history[output.target] = kept
+            slots = self._rows[self.index].targets
+            for target, kept in zip(slots[1:], targets[1:], strict=True):
+                if isinstance(target, int):
+                    self._history[target] = kept
         self.index += 1
         if self.index < len(self._rows):
             self._input = self._next_input()

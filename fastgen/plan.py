@@ -115,9 +115,9 @@ class Row:
     x_0 + sigma eps, for runs that begin with an image or keep a part of one; None: not told.
 
     Derived: floats, the row as the kernels read it, (72,) float32 laid out as csrc/params.h has it,
-    and packed, its bytes; noises, how many normals an element takes (0: deterministic); reads, the
-    inputs whose weight is not zero, with what the denoised sample is made from; threshold, the clip
-    where it is a Threshold, of which the floats know nothing.
+    and packed, its bytes; targets, of the outputs; noises, how many normals an element takes (0:
+    deterministic); reads, the inputs whose weight is not zero, with what the denoised sample is
+    made from; threshold, the clip where it is a Threshold, of which the floats know nothing.
 
     A number beneath float32's smallest normal one, 2^-126, is zero. Raises ValueError or TypeError
     for what is no finite number (clip excepted) and for too many outputs.
@@ -132,6 +132,7 @@ class Row:
     level: tuple[float, float] | None = None
     floats: np.ndarray = field(init=False, repr=False, compare=False)
     packed: bytes = field(init=False, repr=False, compare=False)
+    targets: tuple[str | int, ...] = field(init=False, repr=False, compare=False)
     noises: int = field(init=False, repr=False, compare=False)
     reads: frozenset[str] = field(init=False, repr=False, compare=False)
     threshold: Threshold | None = field(init=False, repr=False, compare=False)
@@ -171,6 +172,7 @@ class Row:
         noises = max(((c - _NOISE) % MAX_NOISES + 1 for c in filled if c >= _NOISE), default=0)
         object.__setattr__(self, "floats", floats)
         object.__setattr__(self, "packed", floats.tobytes())
+        object.__setattr__(self, "targets", tuple(output.target for output in self.outputs))
         object.__setattr__(self, "noises", noises)
         object.__setattr__(self, "reads", frozenset(reads))
         object.__setattr__(self, "threshold", threshold)
@@ -225,14 +227,13 @@ class Plan:
                 raise ValueError(
                     f"rows[{i}]: model_time {row.model_time} is no timestep; discrete=False?"
                 )
-            if row.outputs[0].target != "x":
+            if row.targets[0] != "x":
                 raise ValueError(f"rows[{i}]: the first output must be the next sample")
-            targets = [output.target for output in row.outputs]
-            if len(set(targets)) != len(targets):
+            if len(set(row.targets)) != len(row.targets):
                 raise ValueError(f"rows[{i}]: two outputs with the same target")
             last = i + 1 == len(self.rows)
             scaled = not last and self.rows[i + 1].input_scale != 1.0
-            if scaled and "input" not in targets:
+            if scaled and "input" not in row.targets:
                 raise ValueError(
                     f"rows[{i + 1}]: input_scale is not 1, so rows[{i}] must make the network input"
                 )
@@ -253,7 +254,7 @@ class Plan:
             lacking = {name for name in row.reads if name[0] == "h"} - written
             if lacking:
                 return i, sorted(lacking)
-            written |= {f"h{output.target}" for output in row.outputs}
+            written |= {f"h{target}" for target in row.targets}
         return None
 
     def level(self, index: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.nn import Parameter
 
-from ..backends import is_transformed
+from .. import backends
 
 LIBRARY = torch.library.Library("fastgen", "FRAGMENT")
 
@@ -27,14 +27,12 @@ _HIDDEN: int = functools.reduce(
     ),
 )  # fmt: skip
 _dispatch_keys = torch._C._dispatch_keys
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
 _is_compiling = torch.compiler.is_compiling
 
 
 def is_eager() -> bool:
     """Whether nothing stands between a call and its kernel: no tracing, mode or transform."""
-    return not (_is_compiling() or _dispatch_modes() or _function_modes() or is_transformed())
+    return not _is_compiling() and backends.is_eager()
 
 
 def is_batched(*tensors: Tensor | None) -> bool:

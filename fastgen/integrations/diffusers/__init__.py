@@ -37,6 +37,7 @@ from .by_timestep import (
     DDIMScheduler,
     DDPMParallelScheduler,
     DDPMScheduler,
+    ScoreSdeVeScheduler,
 )
 from .dpm import (
     DPMSolverMultistepInverseScheduler,
@@ -44,7 +45,15 @@ from .dpm import (
     DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
 )
-from .few_step import FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
+from .few_step import (
+    CMStochasticIterativeScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+    SCMScheduler,
+    TCDScheduler,
+)
 from .multistep import (
     DEISMultistepScheduler,
     IPNDMScheduler,
@@ -79,6 +88,7 @@ def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> A
 
 
 __all__ = [
+    "CMStochasticIterativeScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -93,6 +103,8 @@ __all__ = [
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
@@ -101,6 +113,8 @@ __all__ = [
     "LMSDiscreteScheduler",
     "PNDMScheduler",
     "SASolverScheduler",
+    "SCMScheduler",
+    "ScoreSdeVeScheduler",
     "TCDScheduler",
     "UniPCMultistepScheduler",
     "convert",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import types
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +23,6 @@ except ImportError:
 from ... import backends
 from ...levels import Point
 from ...ops import kernel
-from ...ops.dispatch import is_eager
 from ...plan import Clip, Output, Row, Threshold
 
 _schedulers = diffusers.schedulers
@@ -29,22 +30,15 @@ logger = logging.getLogger("fastgen")
 NOISES = ("torch", "fastgen")
 NO_NOISE: tuple = ((), None, 0)  # normals, seed, sample ids
 SHOWN = 6  # the slot of what is shown beside the sample: the estimate of x_0
-# The dtype of each result, as csrc/quick.cpp has them: that of the sample, of the network's output,
-# of both together, or float32. By (_casts, _upcasts, how many, whether something is shown).
-_FLOAT32, _OF_SAMPLE, _OF_OUTPUT, _OF_BOTH = 0, 3, 4, 5
-_RESULTS = {
-    (casts, upcasts, count, shows): (
-        {"": _OF_BOTH, "output": _OF_OUTPUT, "sample": _OF_SAMPLE}[casts],
-        *[_FLOAT32] * (count - 1 - shows),
-        *[_FLOAT32 if upcasts else _OF_BOTH] * shows,
-    )
-    for casts in ("", "output", "sample")
-    for upcasts in (False, True)
-    for count in range(1, 5)
-    for shows in (False, True)
-}
+# What the compiled module is told of a class, as csrc/quick.cpp numbers it: whose dtype the next
+# sample has, by _casts; that what is shown is float32; that rows read former results; that an index
+# is no timestep, that the sample must have been scaled; that rows are found by timestep.
+_WHOSE = {"sample": 3, "output": 4, "": 5}
+_SHOWN_WIDE, _KEEPS, _WANTS_FLOAT, _WANTS_SCALED, _BY_TIMESTEP = 8, 16, 32, 64, 128
 _KINDS = {"epsilon": "epsilon", "sample": "sample", "original_sample": "sample",
           "v_prediction": "v", "flow_prediction": "flow"}  # fmt: skip
+_OF_A_RUN = ("_rows", "_left", "_start", "_variants", "_steps", "_places", "_grid", "_kept",
+             "_seeds")  # fmt: skip
 _CLASSES: dict[str, Any] = {}
 
 
@@ -74,6 +68,12 @@ def _check(name: str, given: Tensor, sample: Tensor) -> None:
         raise ValueError(
             f"{name}: got shape {tuple(given.shape)}, expected the sample's {tuple(sample.shape)}"
         )
+
+
+def _widened(sample: Tensor, output: Tensor) -> Tensor:
+    """The sample, in float32 where it and the output together are not: diffusers' result is."""
+    both = torch.promote_types(sample.dtype, output.dtype)
+    return sample if both.itemsize >= 4 else sample.float()
 
 
 def _showing(row: Row, shown: dict[str, float]) -> Row:
@@ -121,6 +121,7 @@ class _Fast:
     _build: Callable[..., list[Row]]  # the rows of a run from _start on, a call of step each
     _usual: tuple = ()  # what _build takes of step's own options, as most runs have them
     _variants: dict[tuple, list[Row]]  # by these options
+    _steps: dict[tuple, list[tuple | None]]  # of these, what the compiled module reads
     _upcasts = False  # whether diffusers computes in float32 and shows the estimate in it
 
     @classmethod
@@ -156,6 +157,11 @@ class _Fast:
     def __reduce__(self) -> Any:
         return _revived, (type(self).__name__,), self.__dict__
 
+    def _forget(self) -> None:
+        """Leaves the run behind, as new timesteps do."""
+        for name in _OF_A_RUN:
+            vars(self).pop(name, None)
+
     def _begin(self, start: int = 0) -> None:
         """Rows of a run from a step on: the first ones of a multistep method read nothing yet."""
         if self._rows is None or start != self._start:
@@ -169,15 +175,15 @@ class _Fast:
     def _built(self, start: int) -> list[Row] | None:
         """The rows of a run from a step on; None where it is diffusers' own, as levels are that are
         no ladder down to data."""
+        self._start, self._variants, self._steps = start, {}, {}
         if self._leaves():
             return None
         sigmas = getattr(self, "sigmas", None)
         if sigmas is not None and bool(sigmas.isnan().any()):
             raise ValueError("sigmas: got NaN, expected finite numbers")
-        self._start, self._variants = start, {}
         try:
             rows = self._rows_of(*self._usual)
-            if self._counts and len(rows) != len(self.timesteps) - start:
+            if self._counts and len(rows) != self._calls - start:
                 raise ValueError("timesteps that repeat")
             return rows
         except ValueError as error:
@@ -190,7 +196,17 @@ class _Fast:
         rows = self._variants.get(options)
         if rows is None:
             rows = self._variants[options] = self._build(*options)
+            self._steps[options] = [None if row.threshold else self._step_of(row) for row in rows]
         return rows
+
+    def _step_of(self, row: Row) -> tuple | None:
+        """What the compiled module reads of a row; None where more is to be done at its step."""
+        return row.packed, row.targets, row.noises > 0
+
+    @property
+    def _calls(self) -> int:
+        """How many calls of ``step`` the timesteps are for."""
+        return len(self.timesteps)
 
     @property
     def _host_timesteps(self) -> list[Any]:
@@ -227,7 +243,10 @@ class _Fast:
 
     @property
     def _prediction(self) -> str:
-        return _KINDS[self.config.prediction_type]
+        given = self.config.prediction_type
+        if given not in _KINDS:
+            raise ValueError(f"prediction_type: got {given!r}, expected one of {', '.join(_KINDS)}")
+        return _KINDS[given]
 
     def _normals(
         self, row: Row, output: Tensor, generator: Any, given: Tensor | None, draws: bool,
@@ -253,6 +272,20 @@ class _Fast:
         # a graph leaves out a draw that nothing is given
         return ((z,) if row.noises or is_compiling() else ()), None, 0
 
+    def _under_way(
+        self, timestep: Any, sample: Tensor, output: Tensor, return_dict: bool, draws: bool = False,
+        options: tuple | None = None,
+    ) -> Any:  # fmt: skip
+        """What ``step`` returns, in one call of the compiled module, for a run that is under way;
+        None where anything is out of the ordinary. draws: whether diffusers would."""
+        if is_compiling() or (draws and self._seeds is None) or backends._native is None:
+            return None
+        results = backends._native.scheduler_step_under_way(
+            self.__dict__, self._rule, self._usual if options is None else options, timestep,
+            sample, output, kernel.STEP_STREAMS,
+        )  # fmt: skip
+        return _made(self._output, *results) if return_dict and results is not None else results
+
     def _stepped(
         self, index: int | Tensor, row: Row, sample: Tensor, output: Tensor, noise: tuple,
         return_dict: bool, logvar: Tensor | None = None, table: Tensor | None = None,
@@ -260,37 +293,29 @@ class _Fast:
         """What ``step`` returns: a row's results, the sample and what is shown beside it, straight
         from the CPU's kernel or by way of every check. table: of which an index on the device
         chooses the row."""
-        normals, seed, ids = noise
-        outputs = row.outputs
-        shows = outputs[-1].target == SHOWN
-        history = tuple(self._kept) if self._keeps else ()
-        place = index + self._start
-        codes = _RESULTS[self._casts, self._upcasts, len(outputs), shows]
-        results: Sequence[Tensor] | None = None
+        place, results = index + self._start, None
+        eager = not is_compiling()
         fixed = logvar is None and table is None and row.threshold is None
-        if fixed and is_eager() and backends._native is not None:
+        if fixed and eager and backends._native is not None:
             results = backends._native.scheduler_step(
-                sample, output, normals, history, codes, row.packed, seed, ids, place,
-                kernel.STEP_STREAMS, torch.is_grad_enabled(), torch.get_num_threads(),
+                row.packed, row.targets, self._rule, self._kept if self._keeps else None, sample,
+                output, noise, place, kernel.STEP_STREAMS,
             )  # fmt: skip
         if results is None:
-            results = self._checked(place, row, sample, output, noise, history, logvar, table,
-                                    codes)  # fmt: skip
-        if self._keeps:
-            for kept, made in zip(outputs[1:], results[1:], strict=True):
-                if kept.target != SHOWN:
-                    self._kept[kept.target] = made  # type: ignore[index]
+            results = self._checked(place, row, sample, output, noise, logvar, table)
         if self._counts:
             self._step_index += 1  # type: ignore[operator]
-        pair = (results[0], results[-1]) if shows else (results[0],)
-        return self._output(*pair) if return_dict else pair
+        if not return_dict:
+            return results
+        return _made(self._output, *results) if eager else self._output(*results)
 
     def _checked(
         self, place: int | Tensor, row: Row, sample: Tensor, output: Tensor, noise: tuple,
-        history: tuple, logvar: Tensor | None, table: Tensor | None, codes: tuple[int, ...],
-    ) -> Sequence[Tensor]:  # fmt: skip
-        """A row's results, by way of every check."""
+        logvar: Tensor | None, table: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """(the sample, what is shown beside it), by way of every check."""
         normals, seed, ids = noise
+        history = tuple(self._kept) if self._keeps else ()
         _check("model_output", output, sample)
         for tensor in normals:
             _check("noise", tensor, sample)
@@ -298,21 +323,31 @@ class _Fast:
             raise ValueError(f"sample: got shape {tuple(sample.shape)}, another than the run's")
         both = torch.promote_types(sample.dtype, output.dtype)
         wide = torch.promote_types(both, torch.float32)
-        kinds = {_OF_SAMPLE: sample.dtype, _OF_OUTPUT: output.dtype, _OF_BOTH: both, _FLOAT32: wide}
-        dtypes = [kinds[code] for code in codes]
+        first = {"sample": sample.dtype, "output": output.dtype, "": both}[self._casts]
+        dtypes = [first, *[wide] * (len(row.outputs) - 1)]
+        shows = row.targets[-1] == SHOWN
+        if shows and not self._upcasts:
+            dtypes[-1] = both
         step, row_index = (0, place) if isinstance(place, Tensor) else (place, None)
-        return kernel.run(
+        results = kernel.run(
             sample.shape, row if table is None else table,
             backend=kernel.choose(None, sample, output, results=dtypes), dtypes=dtypes,
             device=sample.device, like=sample, x=sample, cond=output, logvar=logvar,
             history=history, noise=normals, seed=seed, sample_ids=ids, step=step,
             row_index=row_index,
         )  # fmt: skip
+        if self._keeps:
+            for target, made in zip(row.targets[1:], results[1:], strict=True):
+                if target != SHOWN:
+                    self._kept[target] = made  # type: ignore[index]
+        return (results[0], results[-1]) if shows else (results[0],)
 
     _output: Any = _schedulers.scheduling_utils.SchedulerOutput
     _casts = ""  # "output" or "sample": whose dtype diffusers gives its result, else both promoted
     _keeps = True  # whether rows read former results
     _counts = True  # whether diffusers counts the steps
+    _strict = 0  # _WANTS_FLOAT, _WANTS_SCALED
+    _rule = 0  # all of it as one number
 
 
 def _seeds(generator: Any, output: Tensor) -> tuple[kernel.Seed, int | Tensor]:
@@ -333,6 +368,16 @@ def _seeds(generator: Any, output: Tensor) -> tuple[kernel.Seed, int | Tensor]:
     return (seeds, 1), torch.zeros_like(seeds)
 
 
+def _made(cls: Any, *values: Any) -> Any:
+    """``cls(*values)``, a dict and a dataclass in one, in a fraction of its own time."""
+    made = cls.__new__(cls)
+    for name, value in itertools.zip_longest(cls.__dataclass_fields__, values):
+        made.__dict__[name] = value
+        if value is not None:
+            OrderedDict.__setitem__(made, name, value)
+    return made
+
+
 def _own(value: Any) -> Any:
     """A container of its own with the same contents."""
     return type(value)(value) if type(value) in (list, dict) else value
@@ -350,16 +395,20 @@ def _register(cls: Any) -> Any:
     def set_timesteps(self, *args, **kwargs):
         base.set_timesteps(self, *args, **kwargs)
         # on a device its numbers are read now, where a step would wait for them
-        self._rows, self._times = None, None if self.timesteps.is_cpu else self.timesteps.tolist()
+        self._times = None if self.timesteps.is_cpu else self.timesteps.tolist()
+        self._forget()
         self._fresh = {name: _own(value) for name, value in vars(self).items() if name != "_fresh"}
         if self._times is not None:
             self._begin()
 
     cls.set_timesteps = set_timesteps
-    step = cls.step  # a function of this class's own, which a family of classes may share
+    cls._rule = (_WHOSE[cls._casts] + cls._upcasts * _SHOWN_WIDE + cls._keeps * _KEEPS
+                 + cls._strict + (not cls._counts) * _BY_TIMESTEP)  # fmt: skip
+    name = "step" if hasattr(base, "step") else "step_pred"
+    step = getattr(cls, name)  # of this class's own, which a family of classes may share
     made = types.FunctionType(step.__code__, step.__globals__, step.__name__, step.__defaults__,
                               step.__closure__)  # fmt: skip
-    cls.step = functools.wraps(base.step)(made)
+    setattr(cls, name, functools.wraps(getattr(base, name))(made))
     cls.__doc__ = f"diffusers' {base.__name__}, with a kernel a step."
     cls.__name__ = cls.__qualname__ = base.__name__
     cls.__module__ = base.__module__  # what a saved pipeline records

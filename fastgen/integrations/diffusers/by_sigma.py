@@ -15,6 +15,8 @@ from ...levels import NoiseLevels, Point, estimate_of
 from ...plan import Output, Plan, Row
 from ...solvers.euler import down_and_up
 from .base import (
+    _WANTS_FLOAT,
+    _WANTS_SCALED,
     NO_NOISE,
     SHOWN,
     _estimate,
@@ -30,12 +32,14 @@ from .base import (
 class _BySigma(_Fast):
     """Rows by diffusers' own count of steps."""
 
+    _fresh: dict[str, Any] = {}  # noqa: RUF012
+
     def _next(self, timestep: Any) -> int:
         """The index of the step that is taken now, which diffusers counts; -1 where the step is its
         own."""
         place = self._step_index
         if place is None or self._rows is None:
-            if self.num_inference_steps is None:  # for diffusers to serve or to refuse
+            if not self._fresh:  # no timesteps yet: for diffusers to serve or to refuse
                 return -1
             if place is None:
                 self._find(timestep)
@@ -150,6 +154,9 @@ class _Plain(_BySigma):
     """The step of those that draw nothing and take no option."""
 
     def step(self, model_output, timestep, sample, return_dict=True):
+        done = self._under_way(timestep, sample, model_output, return_dict)
+        if done is not None:
+            return done
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, return_dict)
@@ -159,10 +166,15 @@ class _Plain(_BySigma):
 class _Drawing(_BySigma):
     """The step of those that draw and take no option."""
 
+    _draws = True
+
     def _noise_at(self, index: int, row: Row, output: Tensor, sample: Tensor, generator: Any):
         return self._normals(row, output, generator, None, True)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        done = self._under_way(timestep, sample, model_output, return_dict, self._draws)
+        if done is not None:
+            return done
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, generator, return_dict)
@@ -176,6 +188,7 @@ class _Strict(_BySigma):
 
     is_scale_input_called: bool
     _upcasts, _casts, _keeps = True, "output", False
+    _strict = _WANTS_FLOAT + _WANTS_SCALED
 
     def _next(self, timestep: Any) -> int:
         if _is_whole(timestep) or not self.is_scale_input_called:
@@ -191,8 +204,8 @@ class _Churned(_Strict):
     _strays = False  # whether diffusers takes the estimate of v at the level before the noise
 
     def _build(self, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> list[Row]:
-        gamma = min(s_churn / (len(self.sigmas) - 1), math.sqrt(2.0) - 1.0)
-        if gamma <= 0.0:
+        gamma = self._gamma(s_churn)
+        if gamma == 0.0:
             return self._eulers(solvers.euler)
         return [
             self._lifted(sigma, end, gamma, s_noise) if s_tmin <= sigma <= s_tmax else row
@@ -200,6 +213,9 @@ class _Churned(_Strict):
                 self._rows_of(*self._usual), itertools.pairwise(self._run), strict=True
             )
         ]
+
+    def _gamma(self, s_churn: float) -> float:
+        return max(0.0, min(s_churn / (len(self.sigmas) - 1), math.sqrt(2.0) - 1.0))
 
     def _lifted(self, sigma: float, end: float, gamma: float, s_noise: float) -> Row:
         """The step from sigma by way of the higher level (1 + gamma) sigma."""
@@ -226,20 +242,24 @@ class _Churned(_Strict):
             noise = self._normals(row, output, generator, None, lifts)
         return self._stepped(index, row, sample, output, noise, return_dict)
 
-
-@_register
-class EulerDiscreteScheduler(_Churned, diffusers.EulerDiscreteScheduler):
-    _output = _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
-    _strays = True
-
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True):  # fmt: skip
+        if s_churn == 0.0:
+            done = self._under_way(timestep, sample, model_output, return_dict)
+            if done is not None:
+                return done
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, return_dict)  # fmt: skip
         return self._churning(index, model_output, sample, (s_churn, s_tmin, s_tmax, s_noise),
                               generator, return_dict)  # fmt: skip
+
+
+@_register
+class EulerDiscreteScheduler(_Churned, diffusers.EulerDiscreteScheduler):
+    _output = _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
+    _strays = True
 
 
 @_register
@@ -267,12 +287,12 @@ class EDMEulerScheduler(_Edm, _Churned, diffusers.EDMEulerScheduler):
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True, pred_original_sample=None):  # fmt: skip
-        index = -1 if pred_original_sample is not None else self._next(timestep)
-        if index < 0:
+        if pred_original_sample is None:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
-                                generator, return_dict, pred_original_sample)  # fmt: skip
-        return self._churning(index, model_output, sample, (s_churn, s_tmin, s_tmax, s_noise),
-                              generator, return_dict)  # fmt: skip
+                                generator, return_dict)  # fmt: skip
+        return super(_Churned, self).step(model_output, timestep, sample, s_churn, s_tmin, s_tmax,
+                                          s_noise, generator, return_dict,
+                                          pred_original_sample)  # fmt: skip
 
 
 @_register
@@ -292,6 +312,9 @@ class _Kdpm2(_BySigma):
     first call is done, tells its ``scale_model_input`` which of the two it is."""
 
     _eta = 0.0
+
+    def _step_of(self, row: Row) -> None:
+        return None
 
     def _leaves(self) -> bool:
         return self._prediction == "sample"

@@ -44,6 +44,8 @@ class _Dpm(_BySigma):
 class _Promoted(_Dpm, _Drawing):
     """A step that draws, where its algorithm is stochastic, in the dtype of what it integrates."""
 
+    _draws = _Dpm._sde
+
     def _noise_at(self, index, row, output, sample, generator):
         kind = output.dtype
         if self._prediction != "sample":
@@ -59,6 +61,10 @@ class _Given(_Dpm):
 
     def step(self, model_output, timestep, sample, generator=None, variance_noise=None,
              return_dict=True):  # fmt: skip
+        if variance_noise is None:
+            done = self._under_way(timestep, sample, model_output, return_dict, self._sde)
+            if done is not None:
+                return done
         index = self._next(timestep)
         if index < 0:
             return super().step(model_output, timestep, sample, generator, variance_noise,

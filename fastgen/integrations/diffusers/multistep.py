@@ -15,6 +15,7 @@ from ...solvers.multistep import ADAMS_BASHFORTH, _adams, log_level
 from ...solvers.rows import Weights, combined
 from ...solvers.sa import _sa
 from .base import (
+    _WANTS_SCALED,
     NO_NOISE,
     _Fast,
     _register,
@@ -27,13 +28,16 @@ from .by_sigma import _BySigma, _Drawing, _Plain
 @_register
 class LMSDiscreteScheduler(_BySigma, diffusers.LMSDiscreteScheduler):
     _output = _schedulers.scheduling_lms_discrete.LMSDiscreteSchedulerOutput
-    _usual = (4,)
+    _usual, _strict = (4,), _WANTS_SCALED
 
     def _build(self, order: int) -> list[Row]:
         levels = self._exploding(self._run)
         return self._shown(solvers.lms(levels, order=order), levels.points)
 
     def step(self, model_output, timestep, sample, order=4, return_dict=True):
+        done = self._under_way(timestep, sample, model_output, return_dict, False, (order,))
+        if done is not None:
+            return done
         index = -1
         if self.is_scale_input_called and 1 <= order <= 4:
             index = self._next(timestep)
