@@ -500,7 +500,7 @@ def test_strides_do_not_matter(name):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"VQDiffusionScheduler has no counterpart.*DDIMScheduler"):
         fast.convert(diffusers.VQDiffusionScheduler(num_vec_classes=4))
-    with pytest.raises(TypeError, match="expected a scheduler or a pipeline"):
+    with pytest.raises(TypeError, match="expected a scheduler, a pipeline"):
         fast.convert(3)
     with pytest.raises(ValueError, match="noise: got 'cuda'"):
         fast.convert(diffusers.DDIMScheduler(), noise="cuda")

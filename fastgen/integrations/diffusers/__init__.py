@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.utils import is_torchsde_available
 
 from .base import _CLASSES, diffusers, logger
@@ -66,15 +67,22 @@ from .multistep import (
 
 def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> Any:
     """A scheduler's counterpart here with its configuration; or a pipeline, whose scheduler is
-    swapped, itself. noise, compat: as for ``from_config``; what is converted again keeps them. What
-    was done is logged ("fastgen", INFO).
+    swapped, itself; or an autoencoder of the same modules whose ``encode`` gives this package's
+    ``DiagonalGaussianDistribution``. noise, compat (of schedulers alone): as for ``from_config``;
+    what is converted again keeps them. What was done is logged ("fastgen", INFO).
 
     Raises ValueError for a scheduler that has none, with the names of those that have; TypeError
     for what is neither.
     """
+    if isinstance(x, torch.nn.Module) and hasattr(x, "encode"):
+        from . import autoencoders
+
+        return autoencoders.convert(x, noise=noise)
     if not isinstance(x, diffusers.SchedulerMixin):
         if not hasattr(x, "scheduler"):
-            raise TypeError(f"x: got {type(x).__name__}, expected a scheduler or a pipeline")
+            raise TypeError(
+                f"x: got {type(x).__name__}, expected a scheduler, a pipeline, an autoencoder"
+            )
         x.scheduler = convert(x.scheduler, noise=noise, compat=compat)
         return x
     name = type(x).__name__
@@ -124,3 +132,12 @@ if is_torchsde_available():
     from .sde import CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler
 
     __all__ += ["CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"]
+
+
+def __getattr__(name: str) -> Any:
+    """What asks for a module of diffusers that takes long to import."""
+    if name != "DiagonalGaussianDistribution":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .autoencoders import DiagonalGaussianDistribution
+
+    return DiagonalGaussianDistribution

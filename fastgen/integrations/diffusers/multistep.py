@@ -204,6 +204,10 @@ class PNDMScheduler(_Fast, diffusers.PNDMScheduler):
             self._begin(places.index(t))
         if self._rows is None or self._left:
             return super().step(model_output, timestep, sample, return_dict)
+        if index == 1 and self._grid[:1] == self._grid[1:2] != [t]:  # begun at the second of both
+            kept = self._kept
+            self._begin(self._start + 1)
+            self._kept = kept
         if index >= len(self._grid) or t != self._grid[index]:
             raise ValueError(f"timestep: got {t}, expected the timesteps one after the other")
         row = self._rows[index]
