@@ -97,9 +97,10 @@ def oracle(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def error_ratio(actual: Tensor, reference: Tensor, oracle: Tensor) -> float:
+def error_ratio(actual: Tensor, reference: Tensor, oracle: Tensor, rounding: float = 0.0) -> float:
     """The error of ``actual`` against ``oracle`` (float64), over what is allowed for once: that of
-    ``reference``, or one rounding of the largest value, since a reference may be right by chance.
+    ``reference``, or one rounding of the largest value (or ``rounding``, where that is larger),
+    since a reference may be right by chance.
 
     Infinite where ``actual`` is not finite and both of them are, or finite where both are NaN, or
     both the same infinity; where one of them alone is finite nothing is asked.
@@ -114,26 +115,29 @@ def error_ratio(actual: Tensor, reference: Tensor, oracle: Tensor) -> float:
         return float("inf")
     if not finite.any():
         return 0.0
-    unit = torch.finfo(dtype).eps * exact.abs()[finite].max()
+    unit = (torch.finfo(dtype).eps * exact.abs()[finite].max()).clamp(min=rounding)
     worst, theirs = ((v - exact).abs()[finite].max() for v in (actual, reference))
     if worst == 0:
         return 0.0
     return float(worst / torch.maximum(theirs, unit)) if worst.isfinite() else float("inf")
 
 
-def assert_close_to_oracle(actual: Any, reference: Any, oracle: Any, times: float = 2.0) -> None:
+def assert_close_to_oracle(
+    actual: Any, reference: Any, oracle: Any, times: float = 2.0, rounding: float = 0.0
+) -> None:
     """The largest error is at most ``times`` that of a reference in the same dtype.
 
     actual: the kernel's result. reference: eager PyTorch's, in the dtype of ``actual``. oracle: the
     same in float64 (see ``oracle``). Tensors of one shape, or equal trees of them. Where the
-    reference is exact by chance, one rounding of the largest value stands for its error.
+    reference is exact by chance, one rounding of the largest value stands for its error; rounding:
+    that of what the values are made from, where it was larger than they are.
     Raises AssertionError with the errors.
     """
     for (a, r), (_, o) in zip(_pairs(actual, reference), _pairs(actual, oracle), strict=True):
         assert a.dtype == r.dtype, f"got {a.dtype}, the reference has {r.dtype}"
         assert a.shape == r.shape == o.shape, f"got shapes {a.shape}, {r.shape} and {o.shape}"
         assert a.is_floating_point(), f"got {a.dtype}, expected a floating dtype"
-        ratio = error_ratio(a, r, o)
+        ratio = error_ratio(a, r, o, rounding)
         assert ratio <= times, f"the error is {ratio:.3g} times the reference's, allowed {times:g}"
 
 

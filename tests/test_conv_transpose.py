@@ -64,9 +64,25 @@ class Case:
             y = y + self.shift.to(dtype).view(over)
         return reference.ACTIVATIONS[self.activation](y, 0.2)
 
+    def rounding(self) -> float:
+        """One rounding of a sum as large as its terms together, as far as the activation lets it
+        through: what any order of summation may err by."""
+        terms, pre = (Case(*values, self.geometry, *more) for values, more in (
+            ([None if v is None else v.abs() for v in (self.input, self.weight, self.bias)],
+             [None if v is None else v.abs() for v in (self.scale, self.shift)]),
+            ((self.input, self.weight, self.bias), (self.scale, self.shift)),
+        ))  # fmt: skip
+        value = pre.eager(torch.float64).detach().requires_grad_()
+        activated = reference.ACTIVATIONS[self.activation](value, 0.2)
+        (slope,) = torch.autograd.grad(activated.sum(), value)
+        unit = torch.finfo(self.input.dtype).eps / 2
+        passed = (slope * terms.eager(torch.float64)).abs()
+        return unit * float(passed.max()) if passed.numel() else 0.0
+
     def check(self, **more) -> Tensor:
         result = self.run(**more)
-        assert_close_to_oracle(result, self.eager(self.input.dtype), self.eager(torch.float64))
+        assert_close_to_oracle(result, self.eager(self.input.dtype), self.eager(torch.float64),
+                               rounding=self.rounding())  # fmt: skip
         return result
 
 
