@@ -121,7 +121,7 @@ def beta_times(
     beta: float = 0.6,
 ):
     """Timesteps at the quantiles 1, 1 - 1 / n, ... 1 / n of a beta distribution, dense at both
-    ends: Lee et al. (2024), section 3. table: as for ``uniform``."""
+    ends: Lee et al. (2024). table: as for ``uniform``."""
     logs = np.log(_table(table))
     quantiles = beta_quantiles(
         np.linspace(1.0, 0.0, checks.integer("steps", steps, 1) + 1)[:-1], alpha, beta
@@ -212,7 +212,7 @@ def dynamic_shift(
 
 def linear_quadratic(steps: int, threshold: float = 0.025) -> np.ndarray:
     """For straight paths, evenly from 1 down to 1 - threshold in the first half of the steps, and
-    on to 0 along a parabola of the same slope: Polyak et al. (2024), Movie Gen, section 3.4.2, with
+    on to 0 along a parabola of the same slope: Polyak et al. (2024), Movie Gen, with
     Mochi's (Genmo 2024) threshold."""
     steps = checks.integer("steps", steps, 1)
     if not 0.0 < checks.number("threshold", threshold) < 1.0:

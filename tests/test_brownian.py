@@ -86,7 +86,9 @@ def test_what_is_refused(call, error, message):
 
 SOLVERS = {
     "euler_ancestral": fastgen.solvers.euler_ancestral, "dpmpp_sde": fastgen.solvers.dpmpp_sde,
-    "dpmpp_2m_sde": fastgen.solvers.dpmpp_2m_sde,
+    "dpmpp_2m_sde": fastgen.solvers.dpmpp_2m_sde, "er_sde": fastgen.solvers.er_sde,
+    "seeds_2": fastgen.solvers.seeds_2, "seeds_3": fastgen.solvers.seeds_3,
+    "score_sde_ve": fastgen.solvers.score_sde_ve,
 }  # fmt: skip
 
 
@@ -127,6 +129,11 @@ def test_a_path_is_a_samples_own_and_needs_its_seed():
     bare = fastgen.Plan((fastgen.Row((fastgen.Output({"x": 1.0}, (1.0,)),)),))
     with pytest.raises(ValueError, match="level"):
         fastgen.Loop(bare, torch.ones(1, 8), seed=0, brownian=True)
+    levels = fastgen.denoiser_levels(fastgen.sigmas.karras(5, 0.05, 5.0))
+    for turning in (fastgen.solvers.repaint(levels, jump_length=2),
+                    fastgen.solvers.score_sde_ve(levels, corrections=1)):  # fmt: skip
+        with pytest.raises(ValueError, match="brownian"):
+            fastgen.Loop(turning, torch.ones(1, 8), seed=0, brownian=True)
     still = fastgen.Row((fastgen.Output({"x": 1.0}, (1.0,)),), level=(1.0, 0.0))
     with pytest.raises(ValueError, match="brownian"):
         fastgen.Loop(fastgen.Plan((still,)), torch.ones(1, 8), seed=0, brownian=True)

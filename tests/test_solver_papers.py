@@ -17,7 +17,16 @@ import torch
 from test_solvers import CLIPS, SCHEDULE, STEPS, clipped, network, start, step_noise
 
 import fastgen
-from fastgen import Loop, NoiseSchedule, Plan, denoiser_levels, sigmas, solvers
+from fastgen import (
+    Loop,
+    NoiseSchedule,
+    Plan,
+    denoiser_levels,
+    edm_levels,
+    flow_levels,
+    sigmas,
+    solvers,
+)
 from fastgen.solvers.repaint import visited
 
 NODES, SHARES = np.polynomial.legendre.leggauss(48)
@@ -382,6 +391,33 @@ def test_euler_with_cfgpp_is_ddim_with_it(prediction):
         for name in ("x", "e", "u"):
             given = theirs.outputs[0].weights.get(name, 0.0)
             assert ours.outputs[0].weights[name] == pytest.approx(given, rel=1e-9, abs=1e-12)
+
+
+ZERO = SCHEDULE.rescaled_to_zero_terminal_snr()
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [ZERO.levels(STEPS, prediction="v"), edm_levels(sigmas.karras(STEPS, 0.02, 20.0)),
+     flow_levels(sigmas.flow(STEPS, 3.0)), denoiser_levels(sigmas.karras(STEPS, 0.02, 20.0))],
+    ids=["zero terminal SNR", "edm", "flow", "denoiser"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["euler", "euler, churn", "euler_ancestral"])
+def test_cfgpp_is_the_solver_where_u_is_e_on_any_levels(name, levels):
+    """The weights of x, and of e and u together, are those of the solver itself."""
+    options = {"s_churn": 3.0, "s_tmin": 0.1} if "churn" in name else {}
+    ours, theirs = (
+        getattr(solvers, name.split(",")[0])(levels, **options, cfgpp=cfgpp)
+        for cfgpp in (True, False)
+    )
+    for row, plain in zip(ours.rows, theirs.rows, strict=True):
+        for output, given in zip(row.outputs, plain.outputs, strict=True):
+            mine, other = output.weights, given.weights
+            size = sum(abs(w) for w in mine.values())
+            assert mine["x"] == pytest.approx(other["x"], abs=16 * 2.0**-53 * size)
+            together = mine["e"] + mine["u"]
+            assert together == pytest.approx(other["e"], abs=16 * 2.0**-53 * size)
+            assert output.noise == given.noise
 
 
 @pytest.mark.parametrize("solver", [solvers.ddim, solvers.euler, solvers.euler_ancestral])

@@ -11,7 +11,7 @@ from .rows import Clip, Rows, combined, first_order, levels_of
 
 
 def visited(steps: int, jump_length: int, resamplings: int) -> list[int]:
-    """The levels where the network is called, 0 the noisiest: Lugmayr et al. (2022), appendix B."""
+    """The levels where the network is called, 0 the noisiest: Lugmayr et al. (2022), appendix."""
     left = dict.fromkeys(range(0, steps - jump_length, jump_length), resamplings - 1)
     places, t = [], steps - 1  # t: how many levels are below
     while t >= 0:

@@ -32,9 +32,9 @@ def score_sde_ve(
     clip: Clip = None,
     spacing: str = "trailing",
 ) -> Plan:
-    """The predictor-corrector sampler of a score-based model: Song et al. (2021), algorithms 2 and
-    4. The predictor is reverse diffusion, eq. 46 (variance exploding; on other paths eq. 47), whose
-    forward step between two levels is x_t = f x_s + g z:
+    """The predictor-corrector sampler of a score-based model: Song et al. (2021), appendix G. The
+    predictor is reverse diffusion, appendix E, of variance-exploding or other paths, whose forward
+    step between two levels is x_t = f x_s + g z:
 
         x_s = (2 - f) x_t + g^2 score + g z,  f = alpha_t / alpha_s,
         g^2 = sigma_t^2 - (f sigma_s)^2
@@ -43,11 +43,11 @@ def score_sde_ve(
 
         x = x + eps score + sqrt(2 eps) z,  eps = 2 (snr sigma)^2
 
-    This is not algorithm 4's own eps, which has ||z|| / ||score||, norms of what was drawn and
+    This is not the paper's own eps, which has ||z|| / ||score||, norms of what was drawn and
     predicted in the batch, for sigma: what that quotient comes to where nearly all of x is noise.
     Here the step is known beforehand and no sample depends on the others (as in the annealed
     dynamics of Song & Ermon 2019, algorithm 1). Where the data's spread is not small beside sigma,
-    the score is smaller than 1 / sigma and algorithm 4's steps are longer.
+    the score is smaller than 1 / sigma and the paper's steps are longer.
 
     corrections: how many of them a level, a call each. snr: of those. s_noise scales all noise. A
     last step to sigma = 0 draws none. First order; the rest as for ``euler``.
@@ -126,7 +126,7 @@ def er_sde(
     clip: Clip = None,
     spacing: str = "trailing",
 ) -> Plan:
-    """ER-SDE-Solvers of an extended reverse-time SDE: Cui et al. (2023), algorithms 1 to 3; in
+    """ER-SDE-Solvers of an extended reverse-time SDE: Cui et al. (2023); in
     y = x / alpha over s = sigma / alpha the variance-exploding and the variance-preserving form are
     one:
 

@@ -141,7 +141,7 @@ def seeds_2(
     clip: Clip = None,
     spacing: str = "trailing",
 ) -> Plan:
-    """SEEDS-2, of the reverse SDE: Gonzalez et al. (2023), algorithm 2. Two calls a step, one in a
+    """SEEDS-2, of the reverse SDE: Gonzalez et al. (2023). Two calls a step, one in a
     last step to sigma = 0; its stages share the noise of one Brownian path.
 
     data: the estimate of x_0 is integrated, which stays bounded in long steps; else that of eps.
@@ -161,7 +161,7 @@ def seeds_3(
     clip: Clip = None,
     spacing: str = "trailing",
 ) -> Plan:
-    """SEEDS-3: Gonzalez et al. (2023), algorithm 3. Three calls a step; the rest as for
+    """SEEDS-3: Gonzalez et al. (2023). Three calls a step; the rest as for
     ``seeds_2``."""
     levels = levels_of(levels, steps, prediction, spacing)
     (s_noise,) = _numbers(s_noise=s_noise)
