@@ -266,3 +266,29 @@ def test_ddims_pipeline_makes_its_scheduler_anew():
     assert type(made.scheduler) is diffusers.DDIMScheduler
     assert type(fast.convert(made).scheduler) is fast.DDIMScheduler
     assert diffusers.DDPMPipeline(network("pixels"), given).scheduler is given
+
+
+def test_the_guider_of_a_modular_pipeline(tmp_path):
+    from diffusers.modular_pipelines.stable_diffusion_3.denoise import StableDiffusion3DenoiseStep
+
+    def latents(scheduler, guider):
+        pipe = StableDiffusion3DenoiseStep().init_pipeline()
+        pipe.update_components(transformer=network("sd3"), scheduler=scheduler, guider=guider)
+        scheduler.set_timesteps(STEPS)
+        given = prompts(2) | pooled(2) | {"latents": normal(2, 4, 8, 8)}
+        given["negative_pooled_prompt_embeds"] = normal(2, 16, seed=6)
+        return pipe, pipe(timesteps=scheduler.timesteps, num_inference_steps=STEPS,
+                          output="latents", **given)  # fmt: skip
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    guider = diffusers.ClassifierFreeGuidance(4.0, guidance_rescale=0.5, start=0.2)
+    _, expected = latents(scheduler, guider)
+    _, wrong = latents(scheduler, guider.new(guidance_rescale=0.4))
+    pipe, actual = latents(fast.convert(scheduler), fast.convert(guider))
+    assert type(pipe.guider) is fast.ClassifierFreeGuidance
+    assert difference(actual, expected) <= CLOSE * float(expected.abs().max())
+    assert difference(wrong, expected) > APART
+    pipe.save_pretrained(str(tmp_path))
+    index = json.loads((tmp_path / "modular_model_index.json").read_text())
+    assert index["scheduler"][:2] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert type(pipe.guider).__module__.startswith("diffusers.")  # which is where it is looked for
