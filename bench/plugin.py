@@ -78,6 +78,13 @@ def device(request) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _settled():
+    """malloc as the activations of a network leave it: it then keeps the memory of a few megabytes
+    that is freed, which every variant would else fetch from the system again, page by page."""
+    torch.empty(7 << 20)
+
+
 @pytest.fixture(autouse=True)
 def _inference():
     with torch.inference_mode():

@@ -1,7 +1,8 @@
 """Solvers on a problem with a known answer: a mixture of two Gaussians, whose network is exact.
 
 ``python -m fastgen.bench.solver_errors docs/solvers.png`` draws the error of each solver against
-the number of network calls.
+the number of network calls: of the sample, and of what stochastic solvers draw, by its mean and
+variance, where the data are one Gaussian.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from fastgen.schedules import NoiseSchedule
 
 FIRST, LAST = -2.0, 2.0  # lambda = log(alpha / sigma), where a run begins and ends
 SHARES = ((0.4, -1.0, 0.3), (0.6, 0.6, 0.5))  # of the data: share, mean, spread
+GAUSSIAN = ((1.0, 0.4, 0.7),)
 X = np.linspace(-2.5, 2.5, 41)  # x / sqrt(alpha^2 + sigma^2), where the runs begin
 
 
-def denoised(x, alpha, sigma):
-    """E[x_0 | x = alpha x_0 + sigma eps] for a mixture of two Gaussians: the exact network."""
+def denoised(x, alpha, sigma, shares=SHARES):
+    """E[x_0 | x = alpha x_0 + sigma eps] for a mixture of Gaussians: the exact network."""
     total = weighted = 0.0
-    for share, mean, spread in SHARES:
+    for share, mean, spread in shares:
         variance = alpha**2 * spread**2 + sigma**2
         density = share / math.sqrt(variance) * np.exp(-((x - alpha * mean) ** 2) / (2 * variance))
         total = total + density
@@ -60,19 +62,23 @@ def path(name: str, steps: int) -> NoiseLevels:
     ramp = np.linspace(0.0, 1.0, steps + 1) ** 3
     ratios = np.exp(-(FIRST + (LAST - FIRST) * ramp))
     if name == "vp":
-        schedule = NoiseSchedule.from_alpha_bars(1 / (1 + np.exp(-2 * np.linspace(3, -3, 1000))))
-        return schedule.levels_at(ratios, prediction="epsilon")
+        return _vp(ratios)
     if name == "ve":
         return levels.denoiser_levels(ratios)
     return levels.flow_levels(ratios / (1 + ratios))
 
 
-def run(plan: Plan, points: NoiseLevels, x: np.ndarray, normals=None) -> np.ndarray:
+def _vp(ratios: np.ndarray) -> NoiseLevels:
+    schedule = NoiseSchedule.from_alpha_bars(1 / (1 + np.exp(-2 * np.linspace(3, -3, 1000))))
+    return schedule.levels_at(ratios, prediction="epsilon")
+
+
+def run(plan: Plan, points: NoiseLevels, x: np.ndarray, normals=None, shares=SHARES) -> np.ndarray:
     """A plan's own numbers in float64. The network is exact: from what a row says of its output."""
     history: dict[str, np.ndarray] = {}
     for i, row in enumerate(plan.rows):
         at = seen(row, points)
-        d = denoised(x, at.alpha, at.sigma)
+        d = denoised(x, at.alpha, at.sigma, shares)
         of_x, of_e = at.estimate
         values = {"x": x, "e": (d - of_x * x) / of_e, "denoised": d, **history}
         for output in row.outputs:
@@ -106,6 +112,23 @@ def error(solver, name: str, steps: int) -> float:
     return float(np.abs(y - truth()).max())
 
 
+def drawn_error(solver, points: NoiseLevels) -> float:
+    """How far mean and variance of what is drawn are from those at the run's end. For Gaussian data
+    a run is linear in its first sample and its normals: one run for each of them gives both."""
+    ((_, centre, width),) = GAUSSIAN
+    plan = solver(points)
+    first, end, count = points.points[0], points.end, len(plan)
+    scale = plan.initial_scale / points.initial_scale  # churn begins above the first level
+    x = np.full(count + 2, first.alpha * centre)
+    x[1] += math.hypot(first.alpha * width, scale * first.sigma)
+    normals = np.zeros((count, count + 2))
+    normals[np.arange(count), np.arange(count) + 2] = 1.0
+    last = run(plan, points, x, normals, GAUSSIAN)
+    mean, variance = last[0], ((last[1:] - last[0]) ** 2).sum()
+    wanted = end.alpha * centre, (end.alpha * width) ** 2 + end.sigma**2
+    return float(max(abs(mean - wanted[0]), abs(variance / wanted[1] - 1.0)))
+
+
 # ---- the picture ---------------------------------------------------------------------------------
 
 SHOWN: dict[str, Callable[[NoiseLevels], Plan]] = {
@@ -118,42 +141,74 @@ SHOWN: dict[str, Callable[[NoiseLevels], Plan]] = {
     "dpmpp_2m": solvers.dpmpp_2m,
     "dpmpp_multistep 3": functools.partial(solvers.dpmpp_multistep, order=3),
     "dpm_singlestep 3": solvers.dpm_singlestep,
+    "res_multistep": solvers.res_multistep,
+    "res_singlestep": solvers.res_singlestep,
+    "er_sde 3, the flow": functools.partial(solvers.er_sde, noise_scale=lambda s: s),
     "unipc 2": solvers.unipc,
     "unipc 3": functools.partial(solvers.unipc, order=3),
 }
 
 
-def even(steps: int) -> NoiseLevels:
+DRAWN: dict[str, Callable[[NoiseLevels], Plan]] = {
+    "euler_ancestral": solvers.euler_ancestral,
+    "dpm2_ancestral": functools.partial(solvers.dpm2, eta=1.0),
+    "dpmpp_2s_ancestral": solvers.dpmpp_2s_ancestral,
+    "dpmpp_sde": solvers.dpmpp_sde,
+    "dpmpp_2m_sde": solvers.dpmpp_2m_sde,
+    "dpmpp_3m_sde": solvers.dpmpp_3m_sde,
+    "sa_solver": solvers.sa_solver,
+    "seeds_2": solvers.seeds_2,
+    "seeds_3": solvers.seeds_3,
+    "er_sde 1": functools.partial(solvers.er_sde, order=1),
+    "er_sde 3": solvers.er_sde,
+    "score_sde_ve": solvers.score_sde_ve,
+    "score_sde_vp": solvers.score_sde_vp,
+    "repaint": functools.partial(solvers.repaint, jump_length=2, resamplings=2),
+}
+STEPS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def even(steps: int, name: str = "ve") -> NoiseLevels:
     """As samplers are used: steps even in log-SNR, ending at LAST."""
-    return levels.denoiser_levels(np.exp(-np.linspace(FIRST, LAST, steps + 1)))
+    ratios = np.exp(-np.linspace(FIRST, LAST, steps + 1))
+    return _vp(ratios) if name == "vp" else levels.denoiser_levels(ratios)
+
+
+def sample_error(solver, points: NoiseLevels) -> float:
+    plan = solver(points)
+    x = X * math.hypot(1.0, points.points[0].sigma)
+    return float(np.abs(run(plan, points, x) - truth()).max())
 
 
 def draw(file: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    from cycler import cycler
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors[::2] + ("black",))
-    for name, solver in SHOWN.items():
-        calls, errors = [], []
-        for steps in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
-            points = even(steps)
-            plan = solver(points)
-            x = X * math.hypot(1.0, points.points[0].sigma)
-            calls.append(plan.network_calls)
-            errors.append(float(np.abs(run(plan, points, x) - truth()).max()))
-        axes.plot(calls, errors, marker=".", label=name)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("network calls")
-    axes.set_ylabel("largest error of x at the end")
-    axes.set_title(
-        "a mixture of two Gaussians with its exact score, log-SNR from -2 to 2", fontsize=9
-    )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
+    figure, both = pyplot.subplots(1, 2, figsize=(14, 5))
+    colors = pyplot.get_cmap("tab20").colors[::2] + ("black",)
+    panels = [
+        (SHOWN, sample_error, "largest error of x at the end",
+         "a mixture of two Gaussians with its exact score, log-SNR from -2 to 2"),
+        (DRAWN, drawn_error, "error of the mean, and of the variance's share, at the end",
+         "what stochastic solvers draw of one Gaussian, its exact score, the same log-SNR"),
+    ]  # fmt: skip
+    for axes, (shown, measure, label, title) in zip(both, panels, strict=True):
+        axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=colors))
+        for name, solver in shown.items():
+            on = [even(steps, "vp" if name == "score_sde_vp" else "ve") for steps in STEPS]
+            calls = [solver(points).network_calls for points in on]
+            axes.plot(calls, [measure(solver, p) for p in on], marker=".", label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("network calls")
+        axes.set_ylabel(label)
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=7, handlelength=3, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.tight_layout()
     figure.savefig(file, dpi=110, bbox_inches="tight")
 
 

@@ -56,7 +56,7 @@ def sample(
     known, mask: to fill in a part of an image: known (B, ...) is the whole image, and mask, bool or
         floating and broadcast to it, is 1 where it is sampled and 0 where it is kept. What is kept
         is known with fresh noise of each step's level: Song et al. (2021), appendix I.2; Lugmayr et
-        al. (2022), eq. 8, without its jumps.
+        al. (2022), eq. 8, whose jumps are rows of ``solvers.repaint``.
     seed, sample_ids: of all noise; the seed is needed only where some is drawn.
     cond, uncond: any tree of tensors with the batch first. With guidance_scale g (a float or one
         per sample) the network is called once a step with [uncond, cond], and its outputs become

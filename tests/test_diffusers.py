@@ -6,6 +6,8 @@ import copy
 import inspect
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +111,16 @@ CONFIGS = {
     "DDIMInverseScheduler": [{}, {"prediction_type": "v_prediction", "clip_sample": False}],
     "LCMScheduler": [{}, {"prediction_type": "v_prediction"}, {"clip_sample": True}, DYNAMIC],
     "FlowMatchEulerDiscreteScheduler": [{}, {"shift": 3.0}, {"stochastic_sampling": True}],
+    "FlowMatchHeunDiscreteScheduler": [{}, {"shift": 3.0}],
+    "FlowMatchLCMScheduler": [{}, {"shift": 3.0}, {"use_karras_sigmas": True}],
+    "CMStochasticIterativeScheduler": [
+        {}, {"clip_denoised": False, "s_noise": 1.01}, {"sigma_data": 1.0, "rho": 3.0},
+    ],
+    "SCMScheduler": [{}, {"sigma_data": 1.0}],
+    "ScoreSdeVeScheduler": [
+        {"sigma_max": 3.0}, {"sigma_max": 3.0, "sampling_eps": 0.1},
+        {"sigma_max": 2.0, "sigma_min": 0.1},
+    ],
 }  # fmt: skip
 CASES = [(name, config) for name, configs in CONFIGS.items() for config in configs]
 
@@ -119,18 +131,43 @@ def network(x, t):
     return torch.tanh(x * (0.4 + t / 2000)) + 0.3 * torch.sin(2 * x - t / 300)
 
 
+def times_of(scheduler):
+    """The timesteps to step at: the last one of SCMScheduler is the data's."""
+    return scheduler.timesteps[: -1 if isinstance(scheduler, diffusers.SCMScheduler) else None]
+
+
+def timed(scheduler, steps):
+    """The timesteps to step at, which are set."""
+    scm = isinstance(scheduler, diffusers.SCMScheduler)
+    scheduler.set_timesteps(steps, **({"intermediate_timesteps": None} if scm else {}))
+    if hasattr(scheduler, "set_sigmas"):
+        scheduler.set_sigmas(steps)
+    return times_of(scheduler)
+
+
+def method(scheduler):
+    return "step" if hasattr(scheduler, "step") else "step_pred"
+
+
+def told(scheduler, t):
+    """What ``network`` is told, of times up to 1000."""
+    return float(t) * {"SCMScheduler": 600.0, "ScoreSdeVeScheduler": 1e3}.get(
+        type(scheduler).__name__, 1.0
+    )
+
+
 def run(scheduler, steps, dtype=torch.float32, shape=SHAPE, generator=None, start=0, **options):
     """(the end, what was shown beside it, the generator's next number)."""
     generator = generator or torch.Generator().manual_seed(3)
-    scheduler.set_timesteps(steps)
+    times, step = timed(scheduler, steps), getattr(scheduler, method(scheduler))
     first = generator[0] if isinstance(generator, list) else generator
     scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
     x = (torch.randn(shape, generator=first) * scale).to(dtype)
-    if "generator" in inspect.signature(scheduler.step).parameters:
+    if "generator" in inspect.signature(step).parameters:
         options["generator"] = generator
-    for t in scheduler.timesteps[start:]:
+    for t in times[start:]:
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x, *rest = scheduler.step(network(seen, t), t, x, **options, return_dict=False)
+        x, *rest = step(network(seen, told(scheduler, t)), t, x, **options, return_dict=False)
     return x, rest[-1] if rest else x, torch.rand(1, generator=first)
 
 
@@ -151,27 +188,27 @@ def test_a_seed_gives_diffusers_image(name, config):
         for want, got in zip(expected, actual, strict=True):
             assert (got.dtype, got.shape) == (want.dtype, want.shape)
             assert float((got - want).abs().max()) <= 1.5e-4 * float(want.abs().max())
+        assert not ours._left
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_interface_is_diffusers(name):
     theirs, ours = getattr(diffusers, name), getattr(fast, name)
-    for method in ("step", "set_timesteps"):
-        wanted = inspect.signature(getattr(theirs, method))
-        assert inspect.signature(getattr(ours, method)) == wanted
+    for part in (method(theirs), "set_timesteps"):
+        wanted = inspect.signature(getattr(theirs, part))
+        assert inspect.signature(getattr(ours, part)) == wanted
     made = ours.from_config(theirs().config)
     assert made.config == theirs().config
-    made.set_timesteps(4)
     x = torch.ones(SHAPE)
-    t = made.timesteps[0]
+    t = timed(made, 4)[0]
     if hasattr(made, "scale_model_input"):
         made.scale_model_input(x, t)
-    result = made.step(x, t, x)
+    result = getattr(made, method(made))(x, t, x)
     plain = theirs()
-    plain.set_timesteps(4)
+    timed(plain, 4)
     if hasattr(plain, "scale_model_input"):
         plain.scale_model_input(x, t)
-    assert type(result) is type(plain.step(x, t, x))
+    assert type(result) is type(getattr(plain, method(plain))(x, t, x))
     assert isinstance(result.prev_sample, torch.Tensor)
 
 
@@ -187,7 +224,8 @@ def test_half_precision_stays_what_it_is(name):
 STOCHASTIC = {
     "DDIMScheduler": {"eta": 1.0}, "DDPMScheduler": {}, "EulerAncestralDiscreteScheduler": {},
     "LCMScheduler": {}, "DPMSolverMultistepScheduler": {}, "DPMSolverSinglestepScheduler": {},
-    "EDMDPMSolverMultistepScheduler": {}, "SASolverScheduler": {},
+    "EDMDPMSolverMultistepScheduler": {}, "SASolverScheduler": {}, "FlowMatchLCMScheduler": {},
+    "CMStochasticIterativeScheduler": {}, "SCMScheduler": {}, "ScoreSdeVeScheduler": {},
 }  # fmt: skip
 
 
@@ -198,13 +236,14 @@ def test_noise_of_the_kernel_does_not_depend_on_the_batch(name):
 
     def end(seeds):
         made = fast.convert(getattr(diffusers, name)(**config), noise="fastgen")
-        made.set_timesteps(6)
+        times, step = timed(made, 6), getattr(made, method(made))
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        x = torch.cat([fastgen.randn((1, 3, 8, 8), seed=s) for s in seeds]) * made.init_noise_sigma
-        for t in made.timesteps:
-            seen = made.scale_model_input(x, t)
+        x = torch.cat([fastgen.randn((1, 3, 8, 8), seed=s) for s in seeds])
+        x = x * getattr(made, "init_noise_sigma", 1.0)
+        for t in times:
+            seen = made.scale_model_input(x, t) if hasattr(made, "scale_model_input") else x
             output = 0.5 * seen
-            x = made.step(output, t, x, generator=generators, return_dict=False, **options)[0]
+            x = step(output, t, x, generator=generators, return_dict=False, **options)[0]
         return x
 
     together = end([5, 6, 7])
@@ -221,7 +260,9 @@ def test_a_run_may_begin_late():
     for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
                  "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "LCMScheduler",
                  "TCDScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler",
-                 "EDMDPMSolverMultistepScheduler", "SASolverScheduler"):  # fmt: skip
+                 "EDMDPMSolverMultistepScheduler", "SASolverScheduler",
+                 "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
+                 "CMStochasticIterativeScheduler", "SCMScheduler"):  # fmt: skip
         theirs = getattr(diffusers, name)()
         ours = fast.convert(theirs)
         for scheduler in (theirs, ours):
@@ -231,14 +272,17 @@ def test_a_run_may_begin_late():
 
 
 def test_gradients_pass_as_through_diffusers():
-    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler"):
+    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "FlowMatchHeunDiscreteScheduler",
+                 "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler",
+                 "ScoreSdeVeScheduler"):  # fmt: skip
         found = []
         for scheduler in (getattr(diffusers, name)(), fast.convert(getattr(diffusers, name)())):
             x = torch.ones(SHAPE, requires_grad=True)
             y, scale = x, torch.tensor(0.3, requires_grad=True)
-            scheduler.set_timesteps(3)
-            for t in scheduler.timesteps:
-                y = scheduler.step(scale * y, t, y, return_dict=False)[0]
+            times, step = timed(scheduler, 3), getattr(scheduler, method(scheduler))
+            torch.manual_seed(5)
+            for t in times:
+                y = step(torch.tanh(scale * y), t, y, return_dict=False)[0]
             found.append(torch.autograd.grad(y.sum(), (x, scale)))
         for want, got in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -268,22 +312,38 @@ def test_a_batch_that_changes_within_a_run_is_refused():
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
-    "kinds", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+    "kinds",
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16,) * 2],
 )
 def test_dtypes_that_differ_come_out_as_there(name, kinds):
     config = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
     found = []
     for made in (getattr(diffusers, name)(**config), getattr(fast, name)(**config)):
-        made.set_timesteps(5)
-        x, t = torch.ones(SHAPE, dtype=kinds[0]), made.timesteps[0]
+        x, t = torch.ones(SHAPE, dtype=kinds[0]), timed(made, 5)[0]
         if hasattr(made, "scale_model_input"):
             made.scale_model_input(x, t)
-        found.append(made.step(x.to(kinds[1]), t, x, return_dict=False)[0].dtype)
+        step = getattr(made, method(made))
+        found.append([y.dtype for y in step(x.to(kinds[1]), t, x, return_dict=False)])
     assert found[0] == found[1]
 
 
 def test_what_is_exported_is_what_convert_knows():
     assert set(fast.__all__) == {"convert", *fast._CLASSES}
+
+
+def test_every_scheduler_is_here_or_named_as_left_out():
+    """Those that a new version of diffusers adds are to be added or named."""
+    page = (Path(__file__).parents[1] / "docs" / "diffusers.md").read_text()
+    parts = page.split("Left out for good")
+    table, left = (set(re.findall(r"`(\w+Scheduler)`", part)) for part in (
+        parts[0], parts[1].split("**")[0]))  # fmt: skip
+    theirs = {name for name in dir(diffusers.schedulers)
+              if name.endswith("Scheduler") and not name.startswith("Flax")}  # fmt: skip
+    assert theirs <= table | left
+    assert set(fast._CLASSES) <= table
+    assert table - set(fast._CLASSES) <= {"CosineDPMSolverMultistepScheduler",
+                                          "DPMSolverSDEScheduler"}  # fmt: skip
+    assert not table & left
 
 
 def test_converting_again_keeps_what_was_asked_for():
@@ -396,17 +456,45 @@ def test_a_pipeline_makes_the_same_image(name, unet, tmp_path):
     assert type(loaded.scheduler) is getattr(diffusers, f"{name}Scheduler")
 
 
-def test_schedulers_can_be_copied_and_pickled():
-    made = fast.convert(diffusers.DPMSolverMultistepScheduler(), noise="fastgen")
-    made.set_timesteps(4)
-    x = torch.ones(SHAPE)
-    made.step(x, made.timesteps[0], x)
-    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_schedulers_can_be_copied_pickled_and_saved(name, tmp_path):
+    made = fast.convert(getattr(diffusers, name)(), noise="fastgen")
+    times, x = timed(made, 6), torch.ones(SHAPE)
+    if hasattr(made, "scale_model_input"):
+        made.scale_model_input(x, times[0])
+    getattr(made, method(made))(x, times[0], x)
+    ends = []
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), made):
         assert type(other) is type(made)
         assert other._noise == "fastgen"
-        again = copy.deepcopy(made)
-        t = made.timesteps[1]
-        assert_bitwise(other.step(x, t, x).prev_sample, again.step(x, t, x).prev_sample)
+        torch.manual_seed(0)
+        ends.append(getattr(other, method(other))(0.5 * x, times[1], x).prev_sample)
+    assert_bitwise(ends[0], ends[2])
+    assert_bitwise(ends[1], ends[2])
+    made.save_pretrained(tmp_path)
+    for module in (fast, diffusers):
+        loaded = getattr(module, name).from_pretrained(tmp_path)
+        assert type(loaded) is getattr(module, name)
+        assert all(loaded.config[k] == v for k, v in made.config.items() if k[0] != "_")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_strides_do_not_matter(name):
+    made = getattr(fast, name)()
+    times = timed(made, 6)
+    x, e = (torch.randn(2, 8, 6, 3, generator=torch.Generator().manual_seed(k)) for k in range(2))
+    views = [tensor[:, :, ::2].permute(0, 3, 1, 2) for tensor in (x, e)]
+    ends = []
+    for x, e in (views, [view.contiguous() for view in views]):
+        run, y = made.new_loop(), x
+        if hasattr(run, "is_scale_input_called"):
+            run.is_scale_input_called = True
+        torch.manual_seed(0)
+        for t in times[:3]:
+            y = getattr(run, method(run))(e, t, y).prev_sample
+        assert not run._left
+        ends.append(y)
+    assert_bitwise(*ends)
 
 
 def test_what_does_not_fit_is_refused():

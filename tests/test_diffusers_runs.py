@@ -12,6 +12,8 @@ import torch
 from fastgen.testing import assert_bitwise
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+from test_diffusers import method, timed, times_of  # noqa: E402
+
 from fastgen.integrations import diffusers as fast  # noqa: E402
 from fastgen.integrations.diffusers.base import _made  # noqa: E402
 
@@ -21,6 +23,8 @@ COMPILED = (
     "EulerAncestralDiscreteScheduler", "FlowMatchEulerDiscreteScheduler",
     "HeunDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler",
     "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler", "SASolverScheduler",
+    "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler",
+    "SCMScheduler", "ScoreSdeVeScheduler",
 )  # fmt: skip
 
 
@@ -31,13 +35,14 @@ def network(x, t):
 def loop(scheduler, x, times, **options):
     for t in times:
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(network(seen, t), t, x, **options, return_dict=False)[0]
+        step = getattr(scheduler, method(scheduler))
+        x = step(network(seen, t), t, x, **options, return_dict=False)[0]
     return x
 
 
 def begun(name, steps=4, **options):
     made = getattr(fast, name).from_config(getattr(diffusers, name)().config, **options)
-    made.set_timesteps(steps)
+    timed(made, steps)
     if hasattr(made, "set_begin_index"):
         made.set_begin_index(0)
     return made
@@ -51,7 +56,7 @@ def test_a_whole_loop_compiles(name, kind):
     for compiled in (True, False):
         torch._dynamo.reset()
         made = begun(name)
-        times = made.timesteps if kind == "tensors" else made.timesteps.tolist()
+        times = times_of(made) if kind == "tensors" else times_of(made).tolist()
 
         def run(x, made=made, times=times):
             return loop(made, x, times)
@@ -62,7 +67,10 @@ def test_a_whole_loop_compiles(name, kind):
     assert_bitwise(*ends)
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+BY_TIMESTEP = ["DDIMScheduler", "DDPMScheduler", "ScoreSdeVeScheduler"]
+
+
+@pytest.mark.parametrize("name", BY_TIMESTEP)
 def test_one_compiled_step_serves_all_timesteps(name):
     torch._dynamo.reset()
     made, graphs = begun(name, 20), []
@@ -72,7 +80,7 @@ def test_one_compiled_step_serves_all_timesteps(name):
         return graph
 
     def step(e, t, x):
-        return made.step(e, t, x, return_dict=False)[0]
+        return getattr(made, method(made))(e, t, x, return_dict=False)[0]
 
     compiled = torch.compile(step, fullgraph=True, backend=counting)
     x = y = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -83,24 +91,24 @@ def test_one_compiled_step_serves_all_timesteps(name):
         y = step(network(y, t), t, y)
     assert_bitwise(x, y)
     assert len(graphs) <= 2  # the first call's also makes the rows
-    assert compiled(x, torch.tensor(7), x).isnan().all()  # not on the grid
+    assert compiled(x, torch.tensor(7).to(t.dtype), x).isnan().all()  # not on the grid
 
 
 @pytest.mark.parametrize("name", sorted(fast._CLASSES))
 def test_a_device_is_not_waited_for(name):
     """A tensor on the meta device has no values: to ask for one is an error."""
     made = getattr(fast, name)()
-    made.set_timesteps(6)
+    timed(made, 6)
     if hasattr(made, "noise_sampler"):  # torchsde's, which needs a device that computes
         made._noise = "fastgen"
     if hasattr(made, "set_begin_index"):
         made.set_begin_index(0)
-    plain = loop_shapes(made, torch.ones(1, 3, 8, 8), made.timesteps)
-    made.set_timesteps(6)
+    plain = loop_shapes(made, torch.ones(1, 3, 8, 8), times_of(made))
+    timed(made, 6)
     made._times = made.timesteps.tolist()
     made._begin()
     made.timesteps = made.timesteps.to("meta")
-    assert loop_shapes(made, torch.empty(1, 3, 8, 8, device="meta"), made.timesteps) == plain
+    assert loop_shapes(made, torch.empty(1, 3, 8, 8, device="meta"), times_of(made)) == plain
 
 
 def loop_shapes(made, x, times):
@@ -108,18 +116,18 @@ def loop_shapes(made, x, times):
     if hasattr(made, "is_scale_input_called"):
         made.is_scale_input_called = True
     for t in times:
-        x, *rest = made.step(0.5 * x, t, x, return_dict=False)
+        x, *rest = getattr(made, method(made))(0.5 * x, t, x, return_dict=False)
         shapes.append((x.shape, x.dtype, len(rest)))
     return shapes
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+@pytest.mark.parametrize("name", BY_TIMESTEP)
 def test_a_timestep_from_elsewhere_on_the_device_is_looked_up_there(name):
     made = begun(name, 6)
     made._begin()
     made.timesteps = made.timesteps.to("meta")
-    x, t = torch.empty(1, 3, 8, 8, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
-    assert made.step(x, t, x).prev_sample.shape == x.shape
+    x, t = torch.empty(1, 3, 8, 8, device="meta"), torch.empty_like(made.timesteps[0])
+    assert getattr(made, method(made))(x, t, x).prev_sample.shape == x.shape
 
 
 # ---- loops held outside --------------------------------------------------------------------------
@@ -133,19 +141,30 @@ def test_runs_that_are_held_apart_do_not_meet(name):
     for k, x in enumerate(firsts):
         alone = begun(name, 6, noise="fastgen")
         torch.manual_seed(k)
-        wanted.append(loop(alone, x, alone.timesteps))
+        wanted.append(loop(alone, x, times_of(alone)))
     loop(made, firsts[0], made.timesteps[:2])  # a run under way
     runs = [made.new_loop() for _ in firsts]
     assert all(type(run) is type(made) and run.config == made.config for run in runs)
     assert runs[0]._rows is runs[1]._rows
     samples = list(firsts)
-    for i, t in enumerate(made.timesteps):
+    for i, t in enumerate(times_of(made)):
         for k, run in enumerate(runs):
             if i == 0:
                 torch.manual_seed(k)
             samples[k] = loop(run, samples[k], [t])
     for got, want in zip(samples, wanted, strict=True):
         assert_bitwise(got, want)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "LCMScheduler"])
+def test_a_new_loop_has_nothing_of_former_timesteps(name):
+    made, x = begun(name, 10), torch.ones(1, 3, 4, 4)
+    loop(made, x, made.timesteps)
+    timed(made, 20)
+    torch.manual_seed(0)
+    want = loop(made, x, made.timesteps)
+    torch.manual_seed(0)
+    assert_bitwise(loop(made.new_loop(), x, made.timesteps), want)
 
 
 def test_threads_share_the_numbers():
@@ -180,14 +199,23 @@ def test_a_new_loop_needs_timesteps_and_can_be_copied():
     assert_bitwise(loop(run.new_loop(), x, made.timesteps), want)
 
 
-def test_a_loop_of_newer_timesteps_is_of_those():
-    made, plain = fast.DDIMScheduler(), fast.DDIMScheduler()
-    x = torch.randn(2, 3, 8, 8)
-    for steps in (20, 7):
-        made.set_timesteps(steps)
-        loop(made, x, made.timesteps)
-    plain.set_timesteps(7)
-    assert_bitwise(loop(made.new_loop(), x, plain.timesteps), loop(plain, x, plain.timesteps))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(fast._CLASSES))
+def test_a_step_under_way_is_the_step(name, dtype, monkeypatch):
+    ends = []
+    for _ in range(2):
+        made = getattr(fast, name).from_config(getattr(diffusers, name)().config, noise="fastgen")
+        x, results = torch.linspace(-1, 1, 192).view(1, 3, 8, 8).to(dtype), []
+        torch.manual_seed(0)
+        for t in timed(made, 6):
+            if hasattr(made, "scale_model_input"):
+                made.scale_model_input(x, t)
+            e = torch.tanh(0.5 * x + float(t) / 1000).to(dtype)
+            x, *rest = getattr(made, method(made))(e, t, x.to(dtype), return_dict=False)
+            results += [x, *rest]
+        ends.append(results)
+        monkeypatch.setattr(type(made), "_under_way", lambda *_: None)
+    assert_bitwise(*ends)
 
 
 @pytest.mark.parametrize("values", [1, 2])

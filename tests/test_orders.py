@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -18,8 +17,7 @@ from fastgen import (
     sigmas,
     solvers,
 )
-from fastgen.bench import solver_errors
-from fastgen.bench.solver_errors import error, path, run
+from fastgen.bench.solver_errors import drawn_error, error, path
 
 DETERMINISTIC = {
     "euler": (solvers.euler, 1),
@@ -57,6 +55,17 @@ DETERMINISTIC = {
         functools.partial(solvers.dpm_singlestep, order=2, data=False), 2),
     "dpm_singlestep 3, noise": (
         functools.partial(solvers.dpm_singlestep, order=3, data=False), 3),
+    **{
+        f"er_sde {order}, the flow": (
+            functools.partial(solvers.er_sde, order=order, noise_scale=lambda s: s), order)
+        for order in (1, 2, 3)
+    },
+    "er_sde 3, the flow, published": (
+        functools.partial(solvers.er_sde, noise_scale=lambda s: s, published=True), 2),
+    "res_multistep": (solvers.res_multistep, 2),
+    "res_singlestep": (solvers.res_singlestep, 2),
+    "res_singlestep, c2 0.7": (functools.partial(solvers.res_singlestep, c2=0.7), 2),
+    "res_singlestep, c2 1": (functools.partial(solvers.res_singlestep, c2=1.0), 2),
     **{
         f"unipc {order}, {variant}, {'data' if data else 'noise'}, {'with' if c else 'without'}": (
             functools.partial(solvers.unipc, order=order, variant=variant, data=data, corrector=c,
@@ -104,7 +113,6 @@ def test_a_corrector_of_the_predictors_order_keeps_it(order, data):
 
 # ---- what is drawn -------------------------------------------------------------------------------
 
-MEAN, SPREAD = 0.4, 0.7
 STOCHASTIC = {
     "euler_ancestral": solvers.euler_ancestral,
     "euler_ancestral, eta 0.5": functools.partial(solvers.euler_ancestral, eta=0.5),
@@ -120,6 +128,18 @@ STOCHASTIC = {
     "dpmpp_2s_ancestral": solvers.dpmpp_2s_ancestral,
     "dpmpp_sde": solvers.dpmpp_sde,
     "dpmpp_sde, r 0.4": functools.partial(solvers.dpmpp_sde, r=0.4),
+    "repaint": functools.partial(solvers.repaint, jump_length=7, resamplings=3),
+    **{f"er_sde {n}": functools.partial(solvers.er_sde, order=n) for n in (1, 2, 3)},
+    "er_sde of s^2": functools.partial(solvers.er_sde, noise_scale=lambda s: s * s),
+    "er_sde, published": functools.partial(solvers.er_sde, published=True),
+    "score_sde_ve": solvers.score_sde_ve,
+    # a correction's own step leaves a share of snr^2 of the variance: less than is looked for
+    "score_sde_ve, corrected": functools.partial(solvers.score_sde_ve, corrections=2, snr=0.02),
+    "score_sde_vp": solvers.score_sde_vp,
+    "seeds_2": solvers.seeds_2,
+    "seeds_3": solvers.seeds_3,
+    "seeds_2, noise": functools.partial(solvers.seeds_2, data=False),
+    "seeds_3, noise": functools.partial(solvers.seeds_3, data=False),
     **{
         f"sa_solver {p}, {c}, {'data' if data else 'noise'}": functools.partial(
             solvers.sa_solver, predictor_order=p, corrector_order=c, data=data
@@ -136,39 +156,39 @@ STOCHASTIC = {
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 @pytest.mark.parametrize("way", ["vp", "ve", "flow"])
-def test_what_is_drawn_has_the_distribution_of_the_end(name, way, monkeypatch):
-    """For Gaussian data a run is linear in its first sample and its normals: one run for each of
-    them gives mean and variance, which come to those at the run's end as the steps grow finer."""
-    monkeypatch.setattr(solver_errors, "SHARES", ((1.0, MEAN, SPREAD),))
-    errors = []
-    for steps in (30, 60, 120):
-        points = path(way, steps)
-        plan = STOCHASTIC[name](points)
-        first, count = points.points[0], len(plan)
-        scale = plan.initial_scale / points.initial_scale  # churn begins above the first level
-        spread = math.hypot(first.alpha * SPREAD, scale * first.sigma)
-        x = np.full(count + 2, first.alpha * MEAN)
-        x[1] += spread
-        normals = np.zeros((count, count + 2))
-        normals[np.arange(count), np.arange(count) + 2] = 1.0
-        end = run(plan, points, x, normals)
-        mean, variance = end[0], ((end[1:] - end[0]) ** 2).sum()
-        wanted = points.end.alpha * MEAN, points.end.alpha**2 * SPREAD**2 + points.end.sigma**2
-        errors.append(max(abs(mean - wanted[0]), abs(variance / wanted[1] - 1.0)))
+def test_what_is_drawn_has_the_distribution_of_the_end(name, way):
+    if name == "score_sde_vp" and way != "vp":
+        with pytest.raises(ValueError, match="levels"):
+            STOCHASTIC[name](path(way, 3))
+        return
+    errors = [drawn_error(STOCHASTIC[name], path(way, steps)) for steps in (30, 60, 120)]
     assert errors[2] < 1e-3 or errors[2] < 0.65 * errors[1], errors
     assert abs(2 * errors[2] - errors[1]) < 0.025, errors  # with no steps at all
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("er_sde 1", 1), ("er_sde 2", 2), ("er_sde 3", 3), ("er_sde, published", 2), ("seeds_2", 2),
+     ("seeds_3", 2), ("score_sde_ve", 1), ("score_sde_vp", 1)],
+)  # fmt: skip
+def test_mean_and_variance_come_nearer_with_the_order(name, order):
+    steps = (60, 120, 240)
+    errors = [drawn_error(STOCHASTIC[name], path("vp", n)) for n in steps]
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert order - 0.35 < slope < order + 0.35, errors
 
 
 # ---- levels of every kind ------------------------------------------------------------------------
 
 ZERO = NoiseSchedule.linear().rescaled_to_zero_terminal_snr()
+VE = denoiser_levels(sigmas.karras(3))
 KINDS = {
     "flow": lambda n: flow_levels(sigmas.flow(n, 3.0)),
     "zero terminal SNR": lambda n: ZERO.levels(n, prediction="v"),
     "edm": lambda n: edm_levels(sigmas.karras(n)),
     "ends above zero": lambda n: denoiser_levels(sigmas.karras(n)[:-1] if n > 1 else [3.0, 1.0]),
 }
-FINITE = [name for name in solvers.__all__ if name not in ("ddim", "ddpm", "tcd")]
+FINITE = [name for name in solvers.__all__ if name not in ("ddim", "ddpm", "score_sde_vp", "tcd")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,6 +226,18 @@ def test_a_run_on_any_levels_is_finite(name, kind):
         (lambda: solvers.euler(ZERO, 3), "alpha_bar"),
         (lambda: solvers.lms(ZERO, 3, order=5, prediction="v"), "order"),
         (lambda: solvers.dpmpp_sde(ZERO, 3, r=1.0, prediction="v"), "r:"),
+        (lambda: solvers.res_singlestep(ZERO, 3, c2=1.5, prediction="v"), "c2"),
+        (lambda: solvers.repaint(VE, jump_length=0), "jump_length"),
+        (lambda: solvers.repaint(VE, resamplings=0), "resamplings"),
+        (lambda: solvers.repaint(VE, eta=-1.0), "eta"),
+        (lambda: solvers.er_sde(ZERO, 3, order=4, prediction="v"), "order"),
+        (lambda: solvers.er_sde(ZERO, 3, noise_scale=2.0, prediction="v"), "noise_scale"),
+        (lambda: solvers.er_sde(VE, noise_scale=lambda s: 1.0), "noise_scale.*less"),
+        (lambda: solvers.er_sde(VE, noise_scale=lambda s: -s), "noise_scale.*more than 0"),
+        (lambda: solvers.score_sde_vp(ZERO, 3, prediction="v"), "without signal"),
+        (lambda: solvers.score_sde_ve(VE, corrections=-1), "corrections"),
+        (lambda: solvers.score_sde_ve(VE, corrections=1, snr=-0.1), "snr"),
+        (lambda: solvers.seeds_3(ZERO, 3, s_noise=-1.0, prediction="v"), "s_noise"),
         (lambda: solvers.dpm2(ZERO, 3, eta=1.0, s_churn=1.0, prediction="v"), "eta, s_churn"),
     ],
 )

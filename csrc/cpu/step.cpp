@@ -53,6 +53,25 @@ void weighted_sum(float* to, const float* const* in, const float* c, int terms, 
         sum_up_to_four<true>(to, in + done, c + done, terms - done < 4 ? terms - done : 4, count);
 }
 
+// NaN passes.
+FASTGEN_INLINE float clipped(float value, float low, float high) {
+    const float raised = value < low ? low : value;
+    return raised > high ? high : raised;
+}
+
+// to = clip(c0 in0 + c1 in1) of at most two terms.
+void clipped_sum(float* __restrict to, const float* const* in, const float* c, int terms, float low,
+                 float high, int64_t count) {
+    const float *in0 = in[0], *in1 = in[1];
+    const float c0 = c[0], c1 = c[1];
+    if (terms == 2)
+        for (int64_t i = 0; i < count; ++i) to[i] = clipped(c0 * in0[i] + c1 * in1[i], low, high);
+    else if (terms == 1)
+        for (int64_t i = 0; i < count; ++i) to[i] = clipped(c0 * in0[i], low, high);
+    else
+        for (int64_t i = 0; i < count; ++i) to[i] = clipped(-0.0f, low, high);
+}
+
 struct Buffers {
     alignas(64) float input[kInputs][kChunk];
     alignas(64) float noise[kNoises][kChunk];
@@ -70,10 +89,11 @@ class StepTile {
 
     void run() {
         const int64_t count = tile_.count;
-        float* results[kOutputs];
         for (int j = 0; j < kOutputs; ++j) {
             const Tensor& out = p_.out[j];
             if (!out.data) continue;
+            if (is_denoised(j)) input(kDenoised);
+            if (results_[j]) continue;
             const float* in[kInputs + kNoises];
             float c[kInputs + kNoises];
             int terms = 0;
@@ -87,19 +107,19 @@ class StepTile {
                     in[terms] = noise(m);
                     c[terms++] = row_.noise[j][m];
                 }
-            results[j] = writing_ == Writing::kDirect
-                             ? destination(p_.shape, out, tile_, buffers_.out[j])
-                             : buffers_.out[j];
-            weighted_sum(results[j], in, c, terms, count);
+            results_[j] = writing_ == Writing::kDirect
+                              ? destination(p_.shape, out, tile_, buffers_.out[j])
+                              : buffers_.out[j];
+            weighted_sum(results_[j], in, c, terms, count);
         }
         for (int j = 0; j < kOutputs; ++j) {
             const Tensor& out = p_.out[j];
             if (!out.data) continue;
             float* place = destination(p_.shape, out, tile_, nullptr);
             if (place && writing_ == Writing::kStream)
-                stream_copy(place, results[j], count);
-            else if (place != results[j])
-                store(p_.shape, out, tile_, results[j]);
+                stream_copy(place, results_[j], count);
+            else if (place != results_[j])
+                store(p_.shape, out, tile_, results_[j]);
         }
     }
 
@@ -173,8 +193,8 @@ class StepTile {
 
     // d = clip(a_x x + a_e e)
     const float* denoised() {
-        const float* in[2];
-        float c[2];
+        const float* in[2] = {};
+        float c[2] = {};
         int terms = 0;
         if (row_.denoise_x != 0.0f && has(kX)) {
             in[terms] = input(kX);
@@ -184,15 +204,31 @@ class StepTile {
             in[terms] = input(kE);
             c[terms++] = row_.denoise_e;
         }
-        float* d = buffers_.input[kDenoised];
-        weighted_sum(d, in, c, terms, tile_.count);
+        float* d = place_of_denoised();
         const float low = row_.clip_low, high = row_.clip_high;
-        if (low != -INFINITY || high != INFINITY)
-            for (int64_t i = 0; i < tile_.count; ++i) {
-                const float raised = d[i] < low ? low : d[i];
-                d[i] = raised > high ? high : raised;
-            }
+        if (low == -INFINITY && high == INFINITY)
+            weighted_sum(d, in, c, terms, tile_.count);
+        else
+            clipped_sum(d, in, c, terms, low, high, tile_.count);
         return d;
+    }
+
+    // Where an output is d itself, that output's own memory.
+    float* place_of_denoised() {
+        float* buffer = buffers_.input[kDenoised];
+        if (writing_ != Writing::kDirect) return buffer;
+        for (int j = 0; j < kOutputs; ++j)
+            if (p_.out[j].data && is_denoised(j))
+                return results_[j] = destination(p_.shape, p_.out[j], tile_, buffer);
+        return buffer;
+    }
+
+    bool is_denoised(int j) const {
+        for (int k = 0; k < kInputs; ++k)
+            if (row_.weights[j][k] != (k == kDenoised ? 1.0f : 0.0f)) return false;
+        for (float scale : row_.noise[j])
+            if (scale != 0.0f) return false;
+        return true;
     }
 
     const float* noise(int m) {
@@ -221,6 +257,7 @@ class StepTile {
     const StepRow& row_;
     const float* inputs_[kInputs] = {};
     const float* noises_[kNoises] = {};
+    float* results_[kOutputs] = {};
 };
 
 Writing choose_writing(const StepParams& p) {

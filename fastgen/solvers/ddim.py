@@ -20,8 +20,12 @@ def ddim_row(
     eta: float = 0.0,
     use_clipped_model_output: bool = False,
     model_time: float = 0.0,
+    cfgpp: bool = False,
 ) -> Row:
     """From noise level t to s, eq. 12: predicted x_0, direction pointing to x_t, random noise."""
+    if cfgpp and use_clipped_model_output:
+        raise ValueError("cfgpp, use_clipped_model_output: got both, of which each says where the "
+                         "noise is taken from")  # fmt: skip
     a_t = checks.alpha_bar("alpha_bar", alpha_bar)
     a_s = checks.alpha_bar("alpha_bar_prev", alpha_bar_prev)
     eta = checks.number("eta", eta)
@@ -51,7 +55,7 @@ def ddim_row(
             weights["denoised"] -= direction * math.sqrt(a_t) / sigma_t
         else:
             of_x, of_e = epsilon(prediction, a_t)
-            weights |= {"x": direction * of_x, "e": direction * of_e}
+            weights |= {"x": direction * of_x, "u" if cfgpp else "e": direction * of_e}
     level = (math.sqrt(a_t), math.sqrt(1.0 - a_t))
     if bounds is None:
         output = Output(folded(weights, estimate), (noise,))
@@ -68,16 +72,19 @@ def ddim(
     prediction: str = "epsilon",
     clip: Clip = None,
     use_clipped_model_output: bool = False,
+    cfgpp: bool = False,
     spacing: str = "trailing",
 ) -> Plan:
     """Denoising diffusion implicit models: Song, Meng & Ermon (2021), eq. 12.
 
     eta: 0 is deterministic, 1 has DDPM's variance. use_clipped_model_output: epsilon is derived
-    again from the clipped estimate of x_0. The rest as for ``ddpm``.
+    again from the clipped estimate of x_0. cfgpp: CFG++, Chung et al. (2024), algorithm 2: x_0 from
+    the guided output, for a guidance_scale between 0 and 1, and epsilon from the unconditional one
+    alone, which every step must then be given. The rest as for ``ddpm``.
     """
     checks.instance("schedule", schedule, NoiseSchedule)
     rows = [
-        ddim_row(a_t, a_s, prediction, clip, eta, use_clipped_model_output, float(t))
+        ddim_row(a_t, a_s, prediction, clip, eta, use_clipped_model_output, float(t), cfgpp)
         for t, a_t, a_s in schedule.pairs(steps, spacing)
     ]
     return Plan(tuple(rows), solver="ddim")

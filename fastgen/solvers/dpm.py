@@ -14,7 +14,7 @@ from .. import checks
 from ..levels import NoiseLevels, Point
 from ..plan import Plan
 from ..schedules import NoiseSchedule
-from .euler import _numbers, down_and_up
+from .euler import _numbers
 from .multistep import past
 from .rows import Clip, Rows, Weights, combined, first_order, levels_of, noise_of
 
@@ -207,6 +207,21 @@ def dpmpp_2m(
     return _multistep(levels, clip, "dpmpp_2m", order=2)
 
 
+def res_multistep(
+    levels: NoiseLevels | NoiseSchedule,
+    steps: int | None = None,
+    *,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    spacing: str = "trailing",
+) -> Plan:
+    """Refined exponential solver, multistep, second order: Zhang et al. (2023). Its weights phi_1
+    and phi_2 / c meet the order conditions exactly, with c = -h_before / h, and are those of
+    ``dpmpp_multistep``'s kind "heun". The rest as for ``dpmpp_2m``."""
+    levels = levels_of(levels, steps, prediction, spacing)
+    return _multistep(levels, clip, "res_multistep", order=2, kind="heun")
+
+
 def dpmpp_2m_sde(
     levels: NoiseLevels | NoiseSchedule,
     steps: int | None = None,
@@ -243,135 +258,3 @@ def dpmpp_3m_sde(
     eta, s_noise = _numbers(eta=eta, s_noise=s_noise)
     return _multistep(levels, clip, "dpmpp_3m_sde", order=3, eta=eta, s_noise=s_noise, kind="heun",
                       published=published)  # fmt: skip
-
-
-# ---- singlestep ----------------------------------------------------------------------------------
-
-
-def dpmpp_2s_ancestral(
-    levels: NoiseLevels | NoiseSchedule,
-    steps: int | None = None,
-    *,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    prediction: str = "epsilon",
-    clip: Clip = None,
-    spacing: str = "trailing",
-) -> Plan:
-    """DPM-Solver++(2S), Lu et al. (2022b), algorithm 1 with r = 1/2, down to a lower level, and
-    noise back up; eta = 0 is the solver itself. Second order; two calls a step, one in a last step
-    to sigma = 0. The rest as for ``euler_ancestral``."""
-    levels = levels_of(levels, steps, prediction, spacing)
-    eta, s_noise = _numbers(eta=eta, s_noise=s_noise)
-    rows = Rows(levels, clip)
-    for i, (at, end) in enumerate(levels.pairs):
-        down, up = down_and_up(at, end, eta)
-        if down.sigma == 0.0 or at.alpha == 0.0:
-            rows.add(at, levels.next(i), first_order(at, down), (s_noise * up,))
-            continue
-        middle = levels.at(math.sqrt(at.ratio * down.ratio))
-        rows.add(at, middle, first_order(at, middle), keep={0: {"x": 1.0}})
-        whole = first_order(at, down)
-        weights = {"h0": whole["x"], "denoised": whole["denoised"]}
-        rows.add(middle, levels.next(i), weights, (s_noise * up,))
-    return rows.plan("dpmpp_2s_ancestral" if eta else "dpmpp_2s")
-
-
-def dpmpp_sde(
-    levels: NoiseLevels | NoiseSchedule,
-    steps: int | None = None,
-    *,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    r: float = 0.5,
-    correlated: bool = True,
-    prediction: str = "epsilon",
-    clip: Clip = None,
-    spacing: str = "trailing",
-) -> Plan:
-    """DPM-Solver++ (stochastic), two calls a step: Lu et al. (2022b), algorithm 1, each part going
-    down and back up. r: where in log-SNR the middle lies. correlated: the noise of a whole step
-    holds that of its first part, as Brownian motion's does. The rest as for
-    ``euler_ancestral``."""
-    levels = levels_of(levels, steps, prediction, spacing)
-    eta, s_noise = _numbers(eta=eta, s_noise=s_noise)
-    if not 0.0 < checks.number("r", r) < 1.0:
-        raise ValueError(f"r: got {r}, expected a number between 0 and 1")
-    rows = Rows(levels, clip)
-    for i, (at, end) in enumerate(levels.pairs):
-        if end.sigma == 0.0 or at.alpha == 0.0:
-            down, up = down_and_up(at, end, eta)
-            rows.add(at, levels.next(i), first_order(at, down), (s_noise * up,))
-            continue
-        middle = levels.at(at.ratio ** (1.0 - r) * end.ratio**r)
-        half, up_half = down_and_up(at, middle, eta)
-        down, up = down_and_up(at, end, eta)
-        whole, share = first_order(at, down), 0.5 / r
-        # slot 0: what the step has of its start; slot 1: the first part's normal
-        rest = {"x": whole["x"], "denoised": (1.0 - share) * whole["denoised"]}
-        kept: dict[int, Weights] = {0: rest}
-        weights = {"h0": 1.0, "denoised": share * whole["denoised"]}
-        of_second = 1.0
-        if correlated and up > 0.0:
-            kept[1] = {}
-            of_first = math.sqrt((at.ratio - middle.ratio) / (at.ratio - end.ratio))
-            weights["h1"] = s_noise * up * of_first
-            of_second = math.sqrt(1.0 - of_first**2)
-        rows.add(at, middle, first_order(at, half), (s_noise * up_half,), kept, {1: (1.0,)})
-        rows.add(middle, levels.next(i), weights, (s_noise * up * of_second,))
-    return rows.plan("dpmpp_sde")
-
-
-def dpm_singlestep(
-    levels: NoiseLevels | NoiseSchedule,
-    steps: int | None = None,
-    *,
-    order: int = 3,
-    data: bool = True,
-    prediction: str = "epsilon",
-    clip: Clip = None,
-    spacing: str = "trailing",
-) -> Plan:
-    """DPM-Solver++ (data) and DPM-Solver (not data), singlestep: Lu et al. (2022b), algorithm 1,
-    and (2022a), algorithms 1 and 2. order: 2 or 3, and as many calls a step; one in a last step to
-    sigma = 0. The rest as for ``euler``."""
-    levels = levels_of(levels, steps, prediction, spacing)
-    order = checks.integer("order", order, 2, 4)
-    rows = Rows(levels, clip)
-    for i, (at, end) in enumerate(levels.pairs):
-        if end.sigma == 0.0 or at.alpha == 0.0:
-            rows.add(at, levels.next(i), first_order(at, end))
-        else:
-            _singlestep(rows, levels, i, at, end, order, data)
-    return rows.plan(f"dpm{'pp' if data else ''}_{order}s")
-
-
-def _singlestep(
-    rows: Rows, levels: NoiseLevels, i: int, at: Point, end: Point, order: int, data: bool
-) -> None:
-    """Slot 0 keeps the sample, slot 1 the estimate at the start."""
-
-    def estimate(point: Point) -> Weights:
-        return DATA if data else noise_of(point)
-
-    def moved(to: Point, x: Weights, m0: Weights, d1: Weights, kind: str) -> dict[str, float]:
-        if data:
-            return data_step(at, to, m0, d1, {}, 0.0, kind, x)
-        return noise_step(at, to, m0, d1, {}, False, kind, x)
-
-    def between(r: float) -> Point:
-        return levels.at(at.ratio ** (1.0 - r) * end.ratio**r)
-
-    kept: Weights = {"h0": 1.0}
-    m0: Weights = {"h1": 1.0}
-    one = between(0.5 if order == 2 else 1.0 / 3.0)
-    step = moved(one, SAMPLE, estimate(at), {}, "midpoint")
-    rows.add(at, one, step, keep={0: SAMPLE, 1: estimate(at)})
-    # differences are in units of the step that they serve: half, then two thirds, of it is done
-    last, done = one, 2.0
-    if order == 3:
-        last, done = between(2.0 / 3.0), 1.5
-        d1 = combined((2.0, estimate(one)), (-2.0, m0))
-        rows.add(one, last, moved(last, kept, m0, d1, "heun"))
-    d1 = combined((done, estimate(last)), (-done, m0))
-    rows.add(last, levels.next(i), moved(end, kept, m0, d1, "midpoint" if order == 2 else "heun"))

@@ -12,7 +12,7 @@ from .. import checks
 from ..levels import NoiseLevels, Point
 from ..plan import Plan
 from ..schedules import NoiseSchedule
-from .rows import Clip, Rows, Weights, combined, first_order, levels_of
+from .rows import Clip, Rows, Weights, cfgpp_step, combined, first_order, levels_of
 
 
 def slope(at: Point) -> dict[str, float]:
@@ -73,6 +73,7 @@ def euler(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
+    cfgpp: bool = False,
     prediction: str = "epsilon",
     clip: Clip = None,
     spacing: str = "trailing",
@@ -83,16 +84,18 @@ def euler(
     the spacing of the timesteps. clip: bounds of the estimate of x_0.
     s_churn, s_tmin, s_tmax, s_noise: of the noise added before each call, as in that algorithm
     (s_tmin and s_tmax bound sigma / alpha). Without it this is DDIM.
+    cfgpp: as for ``ddim``.
 
     Raises ValueError or TypeError for what does not fit.
     """
     levels = levels_of(levels, steps, prediction, spacing)
     churn = _numbers(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
     seen, rows = _churned(levels, *churn[:3]), Rows(levels, clip)
+    step = cfgpp_step if cfgpp else first_order
     for i, (at, (_, end)) in enumerate(zip(seen, levels.pairs, strict=True)):
         to = seen[i + 1] if i + 1 < len(seen) else None
         factor, deviation = (1.0, 0.0) if to is None else _lift(end, to, churn[3])
-        rows.add(at, to, combined((factor, first_order(at, end))), (deviation,))
+        rows.add(at, to, combined((factor, step(at, end))), (deviation,))
     return rows.plan("euler", _first_scale(levels, seen[0]))
 
 
@@ -102,6 +105,7 @@ def euler_ancestral(
     *,
     eta: float = 1.0,
     s_noise: float = 1.0,
+    cfgpp: bool = False,
     prediction: str = "epsilon",
     clip: Clip = None,
     spacing: str = "trailing",
@@ -111,10 +115,10 @@ def euler_ancestral(
     ``euler``."""
     levels = levels_of(levels, steps, prediction, spacing)
     eta, s_noise = _numbers(eta=eta, s_noise=s_noise)
-    rows = Rows(levels, clip)
+    rows, step = Rows(levels, clip), cfgpp_step if cfgpp else first_order
     for i, (at, end) in enumerate(levels.pairs):
         down, up = down_and_up(at, end, eta)
-        rows.add(at, levels.next(i), first_order(at, down), (s_noise * up,))
+        rows.add(at, levels.next(i), step(at, down), (s_noise * up,))
     return rows.plan("euler_ancestral")
 
 

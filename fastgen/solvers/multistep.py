@@ -35,12 +35,22 @@ def log_level(ratio: float) -> float:
     return math.log(ratio) if ratio > 0.0 else -math.inf
 
 
+def _quadrature(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points and weights of Gauss-Legendre on an interval."""
+    return 0.5 * (high - low) * _NODES + 0.5 * (high + low), 0.5 * (high - low) * _WEIGHTS
+
+
+def integral(low: float, high: float, of: Callable[[float], float]) -> float:
+    """int_low^high of(s) ds for a smooth function."""
+    points, scale = _quadrature(low, high)
+    return float((scale * np.array([of(p) for p in points])).sum())
+
+
 def lagrange_integrals(
     low: float, high: float, nodes: list[float], of: Callable[[float], float]
 ) -> list[float]:
     """int_low^high l_j(of(s)) ds for the Lagrange polynomials l_j on the nodes."""
-    points = 0.5 * (high - low) * _NODES + 0.5 * (high + low)
-    scale = 0.5 * (high - low) * _WEIGHTS
+    points, scale = _quadrature(low, high)
     values = np.array([of(p) for p in points])
     integrals = []
     for j, node in enumerate(nodes):

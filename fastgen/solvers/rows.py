@@ -46,6 +46,14 @@ def noise_of(start: Point) -> dict[str, float]:
     return {"x": 1.0 / start.sigma, "denoised": -start.alpha / start.sigma}
 
 
+def cfgpp_step(start: Point, end: Point) -> dict[str, float]:
+    """CFG++, Chung et al. (2024), algorithm 2: the guided estimate of x_0, and the noise that the
+    unconditional output alone, u, tells: alpha_t x_0 + sigma_t eps_u."""
+    of_x, of_u = start.estimate
+    return {"denoised": end.alpha, "x": end.sigma * (1.0 - start.alpha * of_x) / start.sigma,
+            "u": -end.sigma * start.alpha * of_u / start.sigma}  # fmt: skip
+
+
 def _cancels(weights: Weights, estimate: tuple[float, float]) -> bool:
     """Whether x and e have much smaller weights once the estimate of x_0 is put in."""
 

@@ -42,6 +42,11 @@ StepRow any_row(Random& random) {
         for (float& weight : weights) weight = coefficient(random);
     for (auto& weights : row.noise)
         for (float& weight : weights) weight = coefficient(random);
+    if (pick(random, 0, 2) == 0) {  // an output that is the estimate itself
+        const int64_t j = pick(random, 0, kOutputs - 1);
+        for (int k = 0; k < kInputs; ++k) row.weights[j][k] = k == kDenoised ? 1.0f : 0.0f;
+        for (float& weight : row.noise[j]) weight = 0.0f;
+    }
     return row;
 }
 

@@ -39,6 +39,7 @@ from .by_timestep import (
     DDIMScheduler,
     DDPMParallelScheduler,
     DDPMScheduler,
+    ScoreSdeVeScheduler,
 )
 from .dpm import (
     DPMSolverMultistepInverseScheduler,
@@ -46,7 +47,15 @@ from .dpm import (
     DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
 )
-from .few_step import FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
+from .few_step import (
+    CMStochasticIterativeScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+    SCMScheduler,
+    TCDScheduler,
+)
 from .guiders import (
     AutoGuidance,
     ClassifierFreeGuidance,
@@ -100,6 +109,7 @@ def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> A
 
 __all__ = [
     "AutoGuidance",
+    "CMStochasticIterativeScheduler",
     "ClassifierFreeGuidance",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
@@ -115,6 +125,8 @@ __all__ = [
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
@@ -124,6 +136,8 @@ __all__ = [
     "PNDMScheduler",
     "PerturbedAttentionGuidance",
     "SASolverScheduler",
+    "SCMScheduler",
+    "ScoreSdeVeScheduler",
     "SkipLayerGuidance",
     "SmoothedEnergyGuidance",
     "TCDScheduler",

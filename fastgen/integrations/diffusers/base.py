@@ -70,6 +70,12 @@ def _check(name: str, given: Tensor, sample: Tensor) -> None:
         )
 
 
+def _widened(sample: Tensor, output: Tensor) -> Tensor:
+    """The sample, in float32 where it and the output together are not: diffusers' result is."""
+    both = torch.promote_types(sample.dtype, output.dtype)
+    return sample if both.itemsize >= 4 else sample.float()
+
+
 def _showing(row: Row, shown: dict[str, float]) -> Row:
     """The row, with the estimate of x_0 (or what is shown in its place) as its last output."""
     return Row(
@@ -151,6 +157,11 @@ class _Fast:
     def __reduce__(self) -> Any:
         return _revived, (type(self).__name__,), self.__dict__
 
+    def _forget(self) -> None:
+        """Leaves the run behind, as new timesteps do."""
+        for name in _OF_A_RUN:
+            vars(self).pop(name, None)
+
     def _begin(self, start: int = 0) -> None:
         """Rows of a run from a step on: the first ones of a multistep method read nothing yet."""
         if self._rows is None or start != self._start:
@@ -172,7 +183,7 @@ class _Fast:
             raise ValueError("sigmas: got NaN, expected finite numbers")
         try:
             rows = self._rows_of(*self._usual)
-            if self._counts and len(rows) != len(self.timesteps) - start:
+            if self._counts and len(rows) != self._calls - start:
                 raise ValueError("timesteps that repeat")
             return rows
         except ValueError as error:
@@ -191,6 +202,11 @@ class _Fast:
     def _step_of(self, row: Row) -> tuple | None:
         """What the compiled module reads of a row; None where more is to be done at its step."""
         return row.packed, row.targets, row.noises > 0
+
+    @property
+    def _calls(self) -> int:
+        """How many calls of ``step`` the timesteps are for."""
+        return len(self.timesteps)
 
     @property
     def _host_timesteps(self) -> list[Any]:
@@ -227,7 +243,10 @@ class _Fast:
 
     @property
     def _prediction(self) -> str:
-        return _KINDS[self.config.prediction_type]
+        given = self.config.prediction_type
+        if given not in _KINDS:
+            raise ValueError(f"prediction_type: got {given!r}, expected one of {', '.join(_KINDS)}")
+        return _KINDS[given]
 
     def _normals(
         self, row: Row, output: Tensor, generator: Any, given: Tensor | None, draws: bool,
@@ -377,8 +396,7 @@ def _register(cls: Any) -> Any:
         base.set_timesteps(self, *args, **kwargs)
         # on a device its numbers are read now, where a step would wait for them
         self._times = None if self.timesteps.is_cpu else self.timesteps.tolist()
-        for name in _OF_A_RUN:
-            vars(self).pop(name, None)
+        self._forget()
         self._fresh = {name: _own(value) for name, value in vars(self).items() if name != "_fresh"}
         if self._times is not None:
             self._begin()
@@ -386,10 +404,11 @@ def _register(cls: Any) -> Any:
     cls.set_timesteps = set_timesteps
     cls._rule = (_WHOSE[cls._casts] + cls._upcasts * _SHOWN_WIDE + cls._keeps * _KEEPS
                  + cls._strict + (not cls._counts) * _BY_TIMESTEP)  # fmt: skip
-    step = cls.step  # a function of this class's own, which a family of classes may share
+    name = "step" if hasattr(base, "step") else "step_pred"
+    step = getattr(cls, name)  # of this class's own, which a family of classes may share
     made = types.FunctionType(step.__code__, step.__globals__, step.__name__, step.__defaults__,
                               step.__closure__)  # fmt: skip
-    cls.step = functools.wraps(base.step)(made)
+    setattr(cls, name, functools.wraps(getattr(base, name))(made))
     cls.__doc__ = f"diffusers' {base.__name__}, with a kernel a step."
     cls.__name__ = cls.__qualname__ = base.__name__
     cls.__module__ = base.__module__  # what a saved pipeline records

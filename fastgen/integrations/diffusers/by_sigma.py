@@ -32,12 +32,14 @@ from .base import (
 class _BySigma(_Fast):
     """Rows by diffusers' own count of steps."""
 
+    _fresh: dict[str, Any] = {}  # noqa: RUF012
+
     def _next(self, timestep: Any) -> int:
         """The index of the step that is taken now, which diffusers counts; -1 where the step is its
         own."""
         place = self._step_index
         if place is None or self._rows is None:
-            if self.num_inference_steps is None:  # for diffusers to serve or to refuse
+            if not self._fresh:  # no timesteps yet: for diffusers to serve or to refuse
                 return -1
             if place is None:
                 self._find(timestep)
@@ -202,8 +204,8 @@ class _Churned(_Strict):
     _strays = False  # whether diffusers takes the estimate of v at the level before the noise
 
     def _build(self, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> list[Row]:
-        gamma = min(s_churn / (len(self.sigmas) - 1), math.sqrt(2.0) - 1.0)
-        if gamma <= 0.0:
+        gamma = self._gamma(s_churn)
+        if gamma == 0.0:
             return self._eulers(solvers.euler)
         return [
             self._lifted(sigma, end, gamma, s_noise) if s_tmin <= sigma <= s_tmax else row
@@ -211,6 +213,9 @@ class _Churned(_Strict):
                 self._rows_of(*self._usual), itertools.pairwise(self._run), strict=True
             )
         ]
+
+    def _gamma(self, s_churn: float) -> float:
+        return max(0.0, min(s_churn / (len(self.sigmas) - 1), math.sqrt(2.0) - 1.0))
 
     def _lifted(self, sigma: float, end: float, gamma: float, s_noise: float) -> Row:
         """The step from sigma by way of the higher level (1 + gamma) sigma."""
@@ -237,12 +242,6 @@ class _Churned(_Strict):
             noise = self._normals(row, output, generator, None, lifts)
         return self._stepped(index, row, sample, output, noise, return_dict)
 
-
-@_register
-class EulerDiscreteScheduler(_Churned, diffusers.EulerDiscreteScheduler):
-    _output = _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
-    _strays = True
-
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True):  # fmt: skip
         if s_churn == 0.0:
@@ -255,6 +254,12 @@ class EulerDiscreteScheduler(_Churned, diffusers.EulerDiscreteScheduler):
                                 generator, return_dict)  # fmt: skip
         return self._churning(index, model_output, sample, (s_churn, s_tmin, s_tmax, s_noise),
                               generator, return_dict)  # fmt: skip
+
+
+@_register
+class EulerDiscreteScheduler(_Churned, diffusers.EulerDiscreteScheduler):
+    _output = _schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
+    _strays = True
 
 
 @_register
@@ -282,16 +287,12 @@ class EDMEulerScheduler(_Edm, _Churned, diffusers.EDMEulerScheduler):
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, return_dict=True, pred_original_sample=None):  # fmt: skip
-        if s_churn == 0.0 and pred_original_sample is None:
-            done = self._under_way(timestep, sample, model_output, return_dict)
-            if done is not None:
-                return done
-        index = -1 if pred_original_sample is not None else self._next(timestep)
-        if index < 0:
+        if pred_original_sample is None:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
-                                generator, return_dict, pred_original_sample)  # fmt: skip
-        return self._churning(index, model_output, sample, (s_churn, s_tmin, s_tmax, s_noise),
-                              generator, return_dict)  # fmt: skip
+                                generator, return_dict)  # fmt: skip
+        return super(_Churned, self).step(model_output, timestep, sample, s_churn, s_tmin, s_tmax,
+                                          s_noise, generator, return_dict,
+                                          pred_original_sample)  # fmt: skip
 
 
 @_register

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ...levels import Point, estimate_of
-from ...plan import Row, stack_rows
+from ...plan import Output, Row, stack_rows
 from ...solvers.ddim import ddim_row
 from ...solvers.ddpm import ddpm_row
 from .base import (
@@ -24,6 +26,7 @@ from .base import (
     _register,
     _schedulers,
     _showing,
+    _widened,
     element_of,
 )
 
@@ -39,7 +42,8 @@ class _ByTimestep(_Fast):
     """Rows by timestep: these schedulers keep no count of their steps."""
 
     _keeps = _counts = _strays = False
-    _places: dict[int, int]
+    _places: dict[Any, int]
+    _number: Callable[[Any], Any] = int  # what a timestep is
 
     def _begin(self, start: int = 0) -> None:
         super()._begin(start)
@@ -53,7 +57,7 @@ class _ByTimestep(_Fast):
 
     def _found(self, timestep: Any) -> int | None:
         number = timestep if self._times is None else self._value(timestep)
-        place = self._places.get(int(number))
+        place = self._places.get(self._number(number))
         if place == 0:
             self._seeds = None  # another run
         return place
@@ -85,8 +89,8 @@ class _ByTimestep(_Fast):
         return _Table(torch.cat([table, torch.full_like(table[:1], math.nan)]).numpy())
 
     @_constant
-    def _placed(self) -> dict[int, int]:
-        return {int(t): i for i, t in enumerate(self._host_timesteps)}
+    def _placed(self) -> dict[Any, int]:
+        return {self._number(t): i for i, t in enumerate(self._host_timesteps)}
 
     def _point(self, alpha_bar: float) -> Point:
         alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
@@ -216,3 +220,45 @@ class DDPMScheduler(_Ddpm, diffusers.DDPMScheduler):
 @_register
 class DDPMParallelScheduler(_Ddpm, diffusers.DDPMParallelScheduler):
     _output = _schedulers.scheduling_ddpm_parallel.DDPMParallelSchedulerOutput
+
+
+@_register
+class ScoreSdeVeScheduler(_ByTimestep, diffusers.ScoreSdeVeScheduler):
+    """Song et al. (2021), eq. 47, in ``step_pred``; ``step_correct``, whose step depends on norms
+    over the batch, is diffusers' own."""
+
+    _output = _schedulers.scheduling_sde_ve.SdeVeOutput
+    _number = float
+    discrete_sigmas: Tensor
+
+    @functools.wraps(diffusers.ScoreSdeVeScheduler.set_sigmas)
+    def set_sigmas(self, *args, **kwargs):
+        super().set_sigmas(*args, **kwargs)
+        self._forget()
+        new = {"sigmas": self.sigmas, "discrete_sigmas": self.discrete_sigmas}
+        self._fresh = self._fresh | new
+
+    def _build(self) -> list[Row]:
+        times, sigmas = torch.tensor(self._host_timesteps), self.discrete_sigmas.tolist()
+        places = (times * (len(times) - 1)).long().tolist()
+        if max(places) >= len(sigmas):
+            raise ValueError("more timesteps than sigmas")
+        rows = []
+        for place in places:
+            end = sigmas[place - 1] if place else 0.0
+            variance = sigmas[place] ** 2 - end**2
+            shown = {"x": 1.0, "e": variance}
+            rows.append(_showing(Row((Output(shown, (math.sqrt(variance),)),)), shown))
+        return rows
+
+    def step_pred(self, model_output, timestep, sample, generator=None, return_dict=True):
+        wide, row = _widened(sample, model_output), None
+        done = self._under_way(timestep, wide, model_output, return_dict, True)
+        if done is not None:
+            return done
+        if not isinstance(timestep, Tensor) or timestep.numel() == 1:
+            index, row, table = self._chosen(timestep, sample)
+        if row is None:
+            return super().step_pred(model_output, timestep, sample, generator, return_dict)
+        noise = self._normals(row, sample, generator, None, True)
+        return self._stepped(index, row, wide, model_output, noise, return_dict, table=table)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import diffusers
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ...levels import estimate_of
 from ...plan import Output, Row
@@ -17,8 +21,9 @@ from .base import (
     _register,
     _schedulers,
     _showing,
+    _widened,
 )
-from .by_sigma import _BySigma, _Drawing
+from .by_sigma import _BySigma, _Churned, _Drawing, _Strict
 
 
 @_register
@@ -87,7 +92,86 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
 
 
 @_register
-class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscreteScheduler):
+class CMStochasticIterativeScheduler(_Strict, _Drawing, diffusers.CMStochasticIterativeScheduler):
+    """Song et al. (2023), algorithm 1, with the boundary condition of appendix C."""
+
+    _output = _schedulers.scheduling_consistency_models.CMStochasticIterativeSchedulerOutput
+    _casts = ""
+
+    def _build(self) -> list[Row]:
+        config, rows = self.config, []
+        least, data = float(self.sigmas[-1]), config.sigma_data
+        for sigma, following in itertools.pairwise(self._run):
+            skip = data**2 / ((sigma - least) ** 2 + data**2)
+            out = (sigma - least) * data / math.sqrt(sigma**2 + data**2)
+            added = math.sqrt(max(following**2 - least**2, 0.0)) if self._several else 0.0
+            output = Output({"denoised": 1.0}, (config.s_noise * added,))
+            rows.append(Row((output,), (skip, out), 1.0 if config.clip_denoised else None))
+        return rows
+
+    @property
+    def _several(self) -> bool:
+        return len(self.timesteps) > 1
+
+    def _noise_at(self, index, row, output, sample, generator):
+        return self._normals(row, output, generator, None, self._several)
+
+
+@_register
+class SCMScheduler(_BySigma, diffusers.SCMScheduler):
+    """Lu & Song (2024), algorithm 4: x = cos(t) x_0 + sin(t) sigma_data z. The last timestep is the
+    data's, for no call."""
+
+    _output = _schedulers.scheduling_scm.SCMSchedulerOutput
+    _keeps = False
+
+    @property
+    def _calls(self) -> int:
+        return len(self.timesteps) - 1
+
+    def _leaves(self) -> bool:
+        return self.config.prediction_type != "trigflow"
+
+    def _build(self) -> list[Row]:
+        rows = []
+        for t, s in itertools.pairwise(self._host_timesteps[self._start :]):
+            shown = {"x": math.cos(t), "e": -math.sin(t)}
+            output = Output(combined((math.cos(s), shown)), (math.sin(s) * self.config.sigma_data,))
+            rows.append(_showing(Row((output,), model_time=t), shown))
+        return rows
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        wide = _widened(sample, model_output)
+        if wide is sample:
+            done = self._under_way(timestep, sample, model_output, return_dict, True)
+            if done is not None:
+                return done
+        index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        row = self._rows[index]
+        noise = self._normals(row, model_output, generator, None, True, torch.get_default_dtype())
+        if wide is sample:
+            return self._stepped(index, row, sample, model_output, noise, return_dict)
+        following, shown = self._stepped(index, row, wide, model_output, noise, False)
+        pair = following, shown.to(torch.promote_types(sample.dtype, model_output.dtype))
+        return self._output(*pair) if return_dict else pair
+
+
+class _Flow(_BySigma):
+    """Straight paths x = (1 - sigma) x_0 + sigma eps, of which the network tells e = eps - x_0; or
+    inverted ones, where sigma is the share of x_0, and e = x_0 - eps."""
+
+    def _again(self, sigma: float, following: float) -> tuple[float, float, float]:
+        """(a, alpha, sigma): the estimate of x_0 is x + a e, and alpha and sigma are the shares of
+        it and of new noise at the next level."""
+        if self.config.invert_sigmas and not self._compat:
+            return 1.0 - sigma, following, 1.0 - following
+        return -sigma, 1.0 - following, following
+
+
+@_register
+class FlowMatchEulerDiscreteScheduler(_Flow, diffusers.FlowMatchEulerDiscreteScheduler):
     _output = _schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput
     _casts, _keeps, _strict = "output", False, _WANTS_FLOAT
 
@@ -99,8 +183,8 @@ class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscrete
         random = self._random = getattr(self.config, "stochastic_sampling", False)
         for sigma, following in itertools.pairwise(sigmas):
             if random:
-                output = Output({"x": 1.0 - following, "e": -(1.0 - following) * sigma},
-                                (following,))  # fmt: skip
+                of_e, alpha, added = self._again(sigma, following)
+                output = Output({"x": alpha, "e": alpha * of_e}, (added,))
             else:
                 output = Output({"x": 1.0, "e": following - sigma})
             rows.append(Row((output,)))
@@ -116,10 +200,91 @@ class FlowMatchEulerDiscreteScheduler(_BySigma, diffusers.FlowMatchEulerDiscrete
         if per_token_timesteps is None and not _is_whole(timestep):
             index = self._next(timestep)
         if index < 0:
+            if per_token_timesteps is not None:
+                model_output = self._for_tokens(model_output, timestep)
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
                                 generator, per_token_timesteps, return_dict)  # fmt: skip
         row = self._rows[index]
         noise = NO_NOISE
         if self._random:
             noise = self._normals(row, sample.float(), generator, None, True)
+        return self._stepped(index, row, sample, model_output, noise, return_dict)
+
+    def _for_tokens(self, output: Tensor, timestep: Any) -> Tensor:
+        """The output as diffusers' own step takes it where tokens have levels of their own. It is
+        given -e there, which only its steps without noise take as such."""
+        if self._step_index is None and not _is_whole(timestep):
+            self._find(timestep)  # without a wait
+        return -output if self.config.stochastic_sampling and not self._compat else output
+
+
+@_register
+class FlowMatchHeunDiscreteScheduler(_Churned, diffusers.FlowMatchHeunDiscreteScheduler):
+    """Heun's method in sigma: two calls a step, one in the last. Slot 0: the sample half a step
+    on."""
+
+    _output = _schedulers.scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput
+    _keeps = is_scale_input_called = True
+    _strict = _WANTS_FLOAT
+
+    def _build(self, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> list[Row]:
+        if self._start % 2:
+            raise ValueError("begun inside a step")
+        rows, sigmas = [], self._run
+        for sigma, end in itertools.pairwise([*sigmas[::2], sigmas[-1]]):
+            gamma = self._gamma(s_churn) if s_tmin <= sigma <= s_tmax else 0.0
+            higher = sigma * (1.0 + gamma)
+            added = (s_noise * math.sqrt(higher**2 - sigma**2),)
+            step = end - higher
+            of_e = sigma / higher * step if self._compat else step
+            first = Output({"x": 1.0, "e": of_e}, added)
+            if end == 0.0:
+                rows.append(Row((first,), model_time=higher))
+                break
+            half = Output({"x": 1.0, "e": 0.5 * of_e}, added, 0)
+            rows.append(Row((first, half), model_time=higher))
+            rows.append(Row((Output({"h0": 1.0, "e": 0.5 * step}),), model_time=higher))
+        return rows
+
+
+@_register
+class FlowMatchLCMScheduler(_Flow, diffusers.FlowMatchLCMScheduler):
+    """The estimate of x_0 and noise again; ``scale_factors`` of another size, which is no row's."""
+
+    _output = _schedulers.scheduling_flow_match_lcm.FlowMatchLCMSchedulerOutput
+    _casts, _keeps, _strict = "output", False, _WANTS_FLOAT
+    _usual = (False,)
+    _init_size: Any
+
+    def _build(self, resized: bool) -> list[Row]:
+        """resized: of x_0, of whose estimate the rows tell, in place of the sample."""
+        rows = []
+        for sigma, following in itertools.pairwise(self._run):
+            of_e, alpha, added = self._again(sigma, following)
+            weights = {"x": alpha} if resized else {"x": alpha, "e": alpha * of_e}
+            rows.append(Row((Output(weights, (added,)),), (1.0, of_e)))
+        return rows
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        factors = self._scale_factors if self._upscale_mode else None
+        if not factors:
+            done = self._under_way(timestep, sample, model_output, return_dict, True)
+            if done is not None:
+                return done
+        if self._init_size is None or self._step_index is None:
+            self._init_size = model_output.shape[2:]
+        index = -1
+        if not _is_whole(timestep) and (not factors or len(factors) + 1 == len(self.timesteps)):
+            index = self._next(timestep)
+        if index < 0:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        row, place = self._rows[index], index + self._start
+        if factors and place < len(factors):
+            row = self._rows_of(True)[index]
+            size = [round(factors[place] * length) for length in self._init_size]
+            estimate = torch.add(sample.float(), model_output, alpha=row.denoised[1])
+            sample = interpolate(estimate, size=size, mode=self._upscale_mode)
+            model_output = sample.to(model_output.dtype)  # its dtype is the result's
+        wide = torch.promote_types(torch.float32, model_output.dtype)
+        noise = self._normals(row, model_output, generator, None, True, wide)
         return self._stepped(index, row, sample, model_output, noise, return_dict)
