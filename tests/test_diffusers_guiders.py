@@ -154,6 +154,13 @@ def test_it_is_on_when_diffusers_is(name, options):
     assert ours.forward(*tensors).pred is tensors[0]
 
 
+def test_a_guider_that_is_off_gives_the_prediction_itself():
+    theirs, ours = pair("ClassifierFreeGuidance", {"enabled": False, "guidance_rescale": 0.5})
+    cond = torch.zeros(2, 4, 8, 8)
+    assert theirs.forward(cond).pred.isnan().all()
+    assert ours.forward(cond).pred is cond
+
+
 def test_it_is_one_kernel_of_both_halves():
     both = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     cond, uncond = both.chunk(2)
