@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +207,16 @@ def test_compiled_it_has_the_same_bits():
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_bitwise(compiled(cond, uncond), run(cond, uncond))
+
+
+def test_every_guider_is_here_or_named_as_left_out():
+    """Those that a new version of diffusers adds are to be added or named."""
+    page = (Path(__file__).parents[1] / "docs" / "diffusers.md").read_text()
+    there = {name for name in vars(diffusers.guiders) if name.endswith("Guidance")}
+    left = there - set(fast.guiders._GUIDERS) - {"BaseGuidance"}
+    assert left
+    assert not [name for name in left if f"`{name}`" not in page]
+    assert not [name for name in fast.guiders._GUIDERS if f"`{name}`" not in page]
 
 
 def test_a_guider_without_counterpart_is_named():
