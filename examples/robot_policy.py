@@ -2,8 +2,8 @@
 
 python examples/robot_policy.py    (needs diffusers, for the schedulers to compare with)
 
-The scheduler of a policy (lerobot's, say) is swapped as here: policy.noise_scheduler =
-fast.convert(policy.noise_scheduler). Chi et al., "Diffusion Policy" (2023).
+A policy's scheduler is swapped as here. In lerobot's: policy.diffusion.noise_scheduler =
+fast.convert(policy.diffusion.noise_scheduler). Chi et al., "Diffusion Policy" (2023).
 """
 
 import statistics

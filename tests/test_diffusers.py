@@ -328,7 +328,7 @@ def test_dtypes_that_differ_come_out_as_there(name, kinds):
 
 
 def test_what_is_exported_is_what_convert_knows():
-    assert set(fast.__all__) == {"convert", *fast._CLASSES}
+    assert set(fast.__all__) == {"convert", *fast._CLASSES, *fast.guiders._GUIDERS}
 
 
 def test_every_scheduler_is_here_or_named_as_left_out():

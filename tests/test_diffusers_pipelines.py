@@ -102,6 +102,10 @@ PIPELINES = {
         lambda made: diffusers.DDIMPipeline(network("pixels"), made),
         lambda batch: {"batch_size": batch, "eta": 0.7},
     ),
+    "ConsistencyModelPipeline": (
+        lambda made: diffusers.ConsistencyModelPipeline(network("pixels"), made),
+        lambda batch: {"batch_size": batch},
+    ),
     "DiTPipeline": (
         lambda made: diffusers.DiTPipeline(network("dit"), network("vae"), made),
         lambda batch: {"class_labels": [1, 2][:batch], "guidance_scale": 3.0},
@@ -141,6 +145,7 @@ CASES = [
     ("DDPMPipeline", "DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
     ("DDIMPipeline", "DDIMScheduler", {}),
     ("DDIMPipeline", "DDPMScheduler", {}),
+    ("ConsistencyModelPipeline", "CMStochasticIterativeScheduler", {}),
     ("DiTPipeline", *DDIM),
     ("DiTPipeline", *DPM),
     ("StableDiffusionPipeline", *DDIM),
@@ -152,6 +157,11 @@ CASES = [
     ("StableDiffusionPipeline", "HeunDiscreteScheduler", LDM),
     ("StableDiffusionPipeline", "UniPCMultistepScheduler", LDM),
     ("StableDiffusionPipeline", "LCMScheduler", LDM),
+    ("StableDiffusionPipeline", "TCDScheduler", LDM),
+    ("StableDiffusionPipeline", "DEISMultistepScheduler", LDM),
+    ("StableDiffusionPipeline", "SASolverScheduler", LDM),
+    ("StableDiffusionPipeline", "DPMSolverSinglestepScheduler", {}),
+    ("StableDiffusionPipeline", "KDPM2AncestralDiscreteScheduler", LDM),
     ("StableDiffusionImg2ImgPipeline", *DDIM),
     ("StableDiffusionImg2ImgPipeline", *PNDM),
     ("StableDiffusionImg2ImgPipeline", *DPM),
@@ -161,6 +171,8 @@ CASES = [
     ("StableDiffusionInpaintPipeline", *ANCESTRAL),
     ("StableDiffusion3Pipeline", *FLOW),
     ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("StableDiffusion3Pipeline", "FlowMatchHeunDiscreteScheduler", {}),
+    ("StableDiffusion3Pipeline", "FlowMatchLCMScheduler", {}),
     ("FluxPipeline", "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
 ]
 DRAWING = [  # noise in their steps
@@ -185,6 +197,7 @@ def build(kind, scheduler, config):
 def images(pipe, seeds=(7, 8), steps=STEPS):
     """(B, height, width, 3) in [0, 1], of a generator each."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    torch.manual_seed(0)  # of steps that a pipeline gives no generator
     arguments = PIPELINES[type(pipe).__name__][1](len(seeds))
     made = pipe(num_inference_steps=steps, generator=generators, output_type="np", **arguments)
     return torch.as_tensor(made.images)
@@ -266,3 +279,29 @@ def test_ddims_pipeline_makes_its_scheduler_anew():
     assert type(made.scheduler) is diffusers.DDIMScheduler
     assert type(fast.convert(made).scheduler) is fast.DDIMScheduler
     assert diffusers.DDPMPipeline(network("pixels"), given).scheduler is given
+
+
+def test_the_guider_of_a_modular_pipeline(tmp_path):
+    from diffusers.modular_pipelines.stable_diffusion_3.denoise import StableDiffusion3DenoiseStep
+
+    def latents(scheduler, guider):
+        pipe = StableDiffusion3DenoiseStep().init_pipeline()
+        pipe.update_components(transformer=network("sd3"), scheduler=scheduler, guider=guider)
+        scheduler.set_timesteps(STEPS)
+        given = prompts(2) | pooled(2) | {"latents": normal(2, 4, 8, 8)}
+        given["negative_pooled_prompt_embeds"] = normal(2, 16, seed=6)
+        return pipe, pipe(timesteps=scheduler.timesteps, num_inference_steps=STEPS,
+                          output="latents", **given)  # fmt: skip
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    guider = diffusers.ClassifierFreeGuidance(4.0, guidance_rescale=0.5, start=0.2)
+    _, expected = latents(scheduler, guider)
+    _, wrong = latents(scheduler, guider.new(guidance_rescale=0.4))
+    pipe, actual = latents(fast.convert(scheduler), fast.convert(guider))
+    assert type(pipe.guider) is fast.ClassifierFreeGuidance
+    assert difference(actual, expected) <= CLOSE * float(expected.abs().max())
+    assert difference(wrong, expected) > APART
+    pipe.save_pretrained(str(tmp_path))
+    index = json.loads((tmp_path / "modular_model_index.json").read_text())
+    assert index["scheduler"][:2] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert type(pipe.guider).__module__.startswith("diffusers.")  # which is where it is looked for

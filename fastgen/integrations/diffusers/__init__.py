@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from diffusers.utils import is_torchsde_available
 
+from . import guiders
 from .base import _CLASSES, diffusers, logger
 from .by_sigma import (
     EDMEulerScheduler,
@@ -55,6 +56,13 @@ from .few_step import (
     SCMScheduler,
     TCDScheduler,
 )
+from .guiders import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+)
 from .multistep import (
     DEISMultistepScheduler,
     IPNDMScheduler,
@@ -66,22 +74,26 @@ from .multistep import (
 
 
 def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> Any:
-    """A scheduler's counterpart here with its configuration; or a pipeline, whose scheduler is
-    swapped, itself; or an autoencoder of the same modules whose ``encode`` gives this package's
-    ``DiagonalGaussianDistribution``. noise, compat (of schedulers alone): as for ``from_config``;
-    what is converted again keeps them. What was done is logged ("fastgen", INFO).
+    """A scheduler's or a guider's counterpart here with its configuration; or a pipeline, whose
+    scheduler is swapped, itself; or an autoencoder of the same modules whose ``encode`` gives this
+    package's ``DiagonalGaussianDistribution``. noise, compat (of schedulers alone): as for
+    ``from_config``; what is converted again keeps them. What was done to a scheduler is logged
+    ("fastgen", INFO).
 
-    Raises ValueError for a scheduler that has none, with the names of those that have; TypeError
-    for what is neither.
+    Raises ValueError for a scheduler or guider that has none, with the names of those that have;
+    TypeError for what is none of these.
     """
     if isinstance(x, torch.nn.Module) and hasattr(x, "encode"):
         from . import autoencoders
 
         return autoencoders.convert(x, noise=noise)
+    if isinstance(x, diffusers.BaseGuidance):
+        return guiders.convert(x)
     if not isinstance(x, diffusers.SchedulerMixin):
         if not hasattr(x, "scheduler"):
             raise TypeError(
-                f"x: got {type(x).__name__}, expected a scheduler, a pipeline, an autoencoder"
+                f"x: got {type(x).__name__}, expected a scheduler, a pipeline, an autoencoder "
+                "or a guider"
             )
         x.scheduler = convert(x.scheduler, noise=noise, compat=compat)
         return x
@@ -96,7 +108,9 @@ def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> A
 
 
 __all__ = [
+    "AutoGuidance",
     "CMStochasticIterativeScheduler",
+    "ClassifierFreeGuidance",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -120,9 +134,12 @@ __all__ = [
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "PerturbedAttentionGuidance",
     "SASolverScheduler",
     "SCMScheduler",
     "ScoreSdeVeScheduler",
+    "SkipLayerGuidance",
+    "SmoothedEnergyGuidance",
     "TCDScheduler",
     "UniPCMultistepScheduler",
     "convert",
@@ -132,6 +149,11 @@ if is_torchsde_available():
     from .sde import CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler
 
     __all__ += ["CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"]
+
+if hasattr(guiders, "LTX2Guidance"):
+    from .guiders import LTX2Guidance
+
+    __all__ += ["LTX2Guidance"]
 
 
 def __getattr__(name: str) -> Any:
