@@ -33,7 +33,8 @@ CONFIGS = {
         {"variance_type": "fixed_small_log", "clip_sample": False},
         {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
         {"beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 2.0},
-        {"thresholding": True}, DYNAMIC,
+        {"thresholding": True}, DYNAMIC, {"variance_type": "learned"},
+        {"variance_type": "learned_range", "prediction_type": "sample"},
     ],
     "EulerDiscreteScheduler": [
         {}, {"timestep_spacing": "leading", "steps_offset": 1}, {"use_karras_sigmas": True}, LAST,
@@ -105,7 +106,25 @@ CONFIGS = {
     "EDMEulerScheduler": [{}, {"prediction_type": "v_prediction"}, {"sigma_max": 20.0}],
     "TCDScheduler": [{}, {"prediction_type": "v_prediction"}],
     "DDIMParallelScheduler": [{}],
-    "DDPMParallelScheduler": [{}],
+    "DDPMParallelScheduler": [{}, {"variance_type": "learned"}],
+    "UnCLIPScheduler": [
+        {}, {"prediction_type": "sample", "clip_sample_range": 2.0}, {"clip_sample": False},
+        {"variance_type": "learned_range"},
+    ],
+    "RePaintScheduler": [
+        {}, {"eta": 1.0}, {"eta": 0.4, "clip_sample": False}, {"beta_schedule": "sigmoid"},
+    ],
+    "DDPMWuerstchenScheduler": [{}, {"scaler": 2.0}, {"scaler": 0.7, "s": 0.02}],
+    "CogVideoXDDIMScheduler": [
+        {}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+             "timestep_spacing": "trailing", "snr_shift_scale": 1.0},
+        {"prediction_type": "sample", "set_alpha_to_one": False, "steps_offset": 1},
+    ],
+    "CogVideoXDPMScheduler": [
+        {}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+             "timestep_spacing": "trailing", "snr_shift_scale": 1.0},
+        {"prediction_type": "sample", "set_alpha_to_one": False, "steps_offset": 1},
+    ],
     "DDIMInverseScheduler": [{}, {"prediction_type": "v_prediction", "clip_sample": False}],
     "LCMScheduler": [{}, {"prediction_type": "v_prediction"}, {"clip_sample": True}, DYNAMIC],
     "FlowMatchEulerDiscreteScheduler": [{}, {"shift": 3.0}, {"stochastic_sampling": True}],
@@ -119,18 +138,55 @@ def network(x, t):
     return torch.tanh(x * (0.4 + t / 2000)) + 0.3 * torch.sin(2 * x - t / 300)
 
 
+JUMPS = {"RePaintScheduler": {"jump_length": 3, "jump_n_sample": 2}}
+
+
+def begin(scheduler, steps):
+    """Timesteps; the number of those that are stepped from."""
+    scheduler.set_timesteps(steps, **JUMPS.get(type(scheduler).__name__, {}))
+    return len(scheduler.timesteps) - (type(scheduler).__name__ == "DDPMWuerstchenScheduler")
+
+
+def advance(scheduler, e, i, x, times=None, **options):
+    """``step`` at the i-th timestep, with what else it takes in some classes: a learned variance,
+    the timestep before or behind, the former estimate, an image and a mask; or, where timesteps
+    rise again, the way back."""
+    name, times = type(scheduler).__name__, scheduler.timesteps if times is None else times
+    t, former = times[i], getattr(scheduler, "former", None) if i else None
+    kind = getattr(scheduler.config, "variance_type", None) or ""
+    if kind.startswith("learned"):
+        share = 0.05 if kind == "learned" else 1.0
+        e = torch.cat([e, share * torch.sigmoid(3.0 * torch.sin(5.0 * e))], 1)
+    if name == "RePaintScheduler":
+        options["original_image"] = torch.cos(3.0 * torch.ones_like(x).cumsum(-1))
+        options["mask"] = (torch.arange(x.shape[-1], device=x.device) % 3 == 0).to(x.dtype)
+    if name == "DDPMWuerstchenScheduler":
+        t = torch.as_tensor(t).expand(len(x))
+    if name == "UnCLIPScheduler" and i + 1 < len(times):
+        options["prev_timestep"] = times[i + 1]
+    if name != "CogVideoXDPMScheduler":
+        return scheduler.step(e, t, x, **options)
+    result = scheduler.step(e, former, t, None if former is None else times[i - 1], x, **options)
+    scheduler.former = result[1]
+    return result
+
+
 def run(scheduler, steps, dtype=torch.float32, shape=SHAPE, generator=None, start=0, **options):
     """(the end, what was shown beside it, the generator's next number)."""
     generator = generator or torch.Generator().manual_seed(3)
-    scheduler.set_timesteps(steps)
+    calls, times = begin(scheduler, steps), scheduler.timesteps
     first = generator[0] if isinstance(generator, list) else generator
     scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
     x = (torch.randn(shape, generator=first) * scale).to(dtype)
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator
-    for t in scheduler.timesteps[start:]:
+    for i in range(start, calls):
+        t = times[i]
+        if hasattr(scheduler, "undo_step") and i and t > times[i - 1]:
+            x = scheduler.undo_step(x, times[i - 1], generator)
+            continue
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x, *rest = scheduler.step(network(seen, t), t, x, **options, return_dict=False)
+        x, *rest = advance(scheduler, network(seen, t), i, x, **options, return_dict=False)
     return x, rest[-1] if rest else x, torch.rand(1, generator=first)
 
 
@@ -144,7 +200,8 @@ def test_a_seed_gives_diffusers_image(name, config):
     fewest = 5 if name in ("KDPM2AncestralDiscreteScheduler", "PNDMScheduler") else 2
     for steps in (fewest, 10, 20):
         theirs = getattr(diffusers, name)(**config)
-        ours = fast.convert(theirs)
+        # whose last step scales the image
+        ours = fast.convert(theirs, compat="diffusers" if name == "UnCLIPScheduler" else "")
         assert isinstance(ours, type(theirs))
         options = {"eta": 0.5} if name in ("DDIMScheduler", "DDIMParallelScheduler") else {}
         expected, actual = run(theirs, steps, **options), run(ours, steps, **options)
@@ -161,18 +218,16 @@ def test_the_interface_is_diffusers(name):
         assert inspect.signature(getattr(ours, method)) == wanted
     made = ours.from_config(theirs().config)
     assert made.config == theirs().config
-    made.set_timesteps(4)
-    x = torch.ones(SHAPE)
-    t = made.timesteps[0]
-    if hasattr(made, "scale_model_input"):
-        made.scale_model_input(x, t)
-    result = made.step(x, t, x)
-    plain = theirs()
-    plain.set_timesteps(4)
-    if hasattr(plain, "scale_model_input"):
-        plain.scale_model_input(x, t)
-    assert type(result) is type(plain.step(x, t, x))
-    assert isinstance(result.prev_sample, torch.Tensor)
+    x, results = torch.ones(SHAPE), []
+    for scheduler in (made, theirs()):
+        scheduler.set_timesteps(4)
+        scheduler.former = x
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, scheduler.timesteps[0])
+        late = name == "CogVideoXDPMScheduler"  # whose first step is a tuple there in any case
+        results.append(advance(scheduler, x, int(late), x, return_dict=True))
+    assert type(results[0]) is type(results[1])
+    assert isinstance(results[0].prev_sample, torch.Tensor)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -187,7 +242,8 @@ def test_half_precision_stays_what_it_is(name):
 STOCHASTIC = {
     "DDIMScheduler": {"eta": 1.0}, "DDPMScheduler": {}, "EulerAncestralDiscreteScheduler": {},
     "LCMScheduler": {}, "DPMSolverMultistepScheduler": {}, "DPMSolverSinglestepScheduler": {},
-    "EDMDPMSolverMultistepScheduler": {}, "SASolverScheduler": {},
+    "EDMDPMSolverMultistepScheduler": {}, "SASolverScheduler": {}, "UnCLIPScheduler": {},
+    "RePaintScheduler": {}, "DDPMWuerstchenScheduler": {}, "CogVideoXDPMScheduler": {},
 }  # fmt: skip
 
 
@@ -198,13 +254,12 @@ def test_noise_of_the_kernel_does_not_depend_on_the_batch(name):
 
     def end(seeds):
         made = fast.convert(getattr(diffusers, name)(**config), noise="fastgen")
-        made.set_timesteps(6)
+        calls = begin(made, 6)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         x = torch.cat([fastgen.randn((1, 3, 8, 8), seed=s) for s in seeds]) * made.init_noise_sigma
-        for t in made.timesteps:
-            seen = made.scale_model_input(x, t)
-            output = 0.5 * seen
-            x = made.step(output, t, x, generator=generators, return_dict=False, **options)[0]
+        for i in range(calls):
+            output = 0.5 * made.scale_model_input(x, made.timesteps[i])
+            x = advance(made, output, i, x, generator=generators, return_dict=False, **options)[0]
         return x
 
     together = end([5, 6, 7])
@@ -231,14 +286,16 @@ def test_a_run_may_begin_late():
 
 
 def test_gradients_pass_as_through_diffusers():
-    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler"):
+    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "UnCLIPScheduler",
+                 "RePaintScheduler", "DDPMWuerstchenScheduler", "CogVideoXDDIMScheduler",
+                 "CogVideoXDPMScheduler"):  # fmt: skip
         found = []
         for scheduler in (getattr(diffusers, name)(), fast.convert(getattr(diffusers, name)())):
             x = torch.ones(SHAPE, requires_grad=True)
             y, scale = x, torch.tensor(0.3, requires_grad=True)
-            scheduler.set_timesteps(3)
-            for t in scheduler.timesteps:
-                y = scheduler.step(scale * y, t, y, return_dict=False)[0]
+            torch.manual_seed(0)
+            for i in range(begin(scheduler, 3)):
+                y = advance(scheduler, scale * y, i, y, return_dict=False)[0]
             found.append(torch.autograd.grad(y.sum(), (x, scale)))
         for want, got in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -274,11 +331,11 @@ def test_dtypes_that_differ_come_out_as_there(name, kinds):
     config = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
     found = []
     for made in (getattr(diffusers, name)(**config), getattr(fast, name)(**config)):
-        made.set_timesteps(5)
-        x, t = torch.ones(SHAPE, dtype=kinds[0]), made.timesteps[0]
+        begin(made, 5)
+        x = torch.ones(SHAPE, dtype=kinds[0])
         if hasattr(made, "scale_model_input"):
-            made.scale_model_input(x, t)
-        found.append(made.step(x.to(kinds[1]), t, x, return_dict=False)[0].dtype)
+            made.scale_model_input(x, made.timesteps[0])
+        found.append(advance(made, x.to(kinds[1]), 0, x, return_dict=False)[0].dtype)
     assert found[0] == found[1]
 
 

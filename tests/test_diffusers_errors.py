@@ -9,7 +9,7 @@ import pytest
 import torch
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-from test_diffusers import CASES, network  # noqa: E402
+from test_diffusers import CASES, advance, begin, network  # noqa: E402
 
 from fastgen.integrations import diffusers as fast  # noqa: E402
 

@@ -31,12 +31,13 @@ from .by_sigma import (
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
 )
-from .by_timestep import (
-    DDIMInverseScheduler,
-    DDIMParallelScheduler,
-    DDIMScheduler,
+from .by_timestep import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
+from .ddpm import (
     DDPMParallelScheduler,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
+    RePaintScheduler,
+    UnCLIPScheduler,
 )
 from .dpm import (
     DPMSolverMultistepInverseScheduler,
@@ -53,6 +54,7 @@ from .multistep import (
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
+from .video import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 
 def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> Any:
@@ -79,11 +81,14 @@ def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> A
 
 
 __all__ = [
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
     "DDPMParallelScheduler",
     "DDPMScheduler",
+    "DDPMWuerstchenScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
@@ -100,8 +105,10 @@ __all__ = [
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "RePaintScheduler",
     "SASolverScheduler",
     "TCDScheduler",
+    "UnCLIPScheduler",
     "UniPCMultistepScheduler",
     "convert",
 ]
