@@ -147,19 +147,35 @@ def begin(scheduler, steps):
     return len(scheduler.timesteps) - (type(scheduler).__name__ == "DDPMWuerstchenScheduler")
 
 
+def goes_back(scheduler, i):
+    """Whether RePaint adds noise again before the i-th timestep."""
+    times = scheduler.timesteps
+    return hasattr(scheduler, "undo_step") and i > 0 and bool(times[i] > times[i - 1])
+
+
+def with_variance(scheduler, e):
+    """The network's output, and behind it a variance, where one is learned."""
+    kind = getattr(scheduler.config, "variance_type", None) or ""
+    if not kind.startswith("learned"):
+        return e
+    share = 0.05 if kind == "learned" else 1.0
+    return torch.cat([e, share * torch.sigmoid(3.0 * torch.sin(5.0 * e))], 1)
+
+
+def masked(x):
+    """(image, mask) for RePaint: 0 where the image is to be painted."""
+    mask = (torch.arange(x.shape[-1], device=x.device) % 3 == 0).to(x.dtype)
+    return torch.cos(3.0 * torch.ones_like(x).cumsum(-1)), mask
+
+
 def advance(scheduler, e, i, x, times=None, **options):
     """``step`` at the i-th timestep, with what else it takes in some classes: a learned variance,
-    the timestep before or behind, the former estimate, an image and a mask; or, where timesteps
-    rise again, the way back."""
+    the timestep before or behind, the former estimate, an image and a mask."""
     name, times = type(scheduler).__name__, scheduler.timesteps if times is None else times
     t, former = times[i], getattr(scheduler, "former", None) if i else None
-    kind = getattr(scheduler.config, "variance_type", None) or ""
-    if kind.startswith("learned"):
-        share = 0.05 if kind == "learned" else 1.0
-        e = torch.cat([e, share * torch.sigmoid(3.0 * torch.sin(5.0 * e))], 1)
+    e = with_variance(scheduler, e)
     if name == "RePaintScheduler":
-        options["original_image"] = torch.cos(3.0 * torch.ones_like(x).cumsum(-1))
-        options["mask"] = (torch.arange(x.shape[-1], device=x.device) % 3 == 0).to(x.dtype)
+        options["original_image"], options["mask"] = masked(x)
     if name == "DDPMWuerstchenScheduler":
         t = torch.as_tensor(t).expand(len(x))
     if name == "UnCLIPScheduler" and i + 1 < len(times):
@@ -182,7 +198,7 @@ def run(scheduler, steps, dtype=torch.float32, shape=SHAPE, generator=None, star
         options["generator"] = generator
     for i in range(start, calls):
         t = times[i]
-        if hasattr(scheduler, "undo_step") and i and t > times[i - 1]:
+        if goes_back(scheduler, i):
             x = scheduler.undo_step(x, times[i - 1], generator)
             continue
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
