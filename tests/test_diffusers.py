@@ -302,11 +302,12 @@ def test_a_run_may_begin_late():
 
 
 def test_gradients_pass_as_through_diffusers():
-    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "UnCLIPScheduler",
+    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler",
                  "RePaintScheduler", "DDPMWuerstchenScheduler", "CogVideoXDDIMScheduler",
                  "CogVideoXDPMScheduler"):  # fmt: skip
-        found = []
-        for scheduler in (getattr(diffusers, name)(), fast.convert(getattr(diffusers, name)())):
+        found, config = [], {"variance_type": "learned"} if name == "DDPMScheduler" else {}
+        theirs = getattr(diffusers, name)(**config)
+        for scheduler in (theirs, fast.convert(theirs)):
             x = torch.ones(SHAPE, requires_grad=True)
             y, scale = x, torch.tensor(0.3, requires_grad=True)
             torch.manual_seed(0)
@@ -402,6 +403,139 @@ def test_ddim_stays_on_its_grid():
     while not loop.done:
         loop.step(network(loop.x, loop.time[0]))
     assert float((right - loop.x).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+def test_the_last_step_of_unclip_ends_on_the_estimate():
+    """Where a_s = 1, beta is 1 - a_t: diffusers has the one from its betas and the other from their
+    products in float32, and the image comes out as 0.99947 of itself."""
+    x, e = torch.full(SHAPE, 0.5), torch.full(SHAPE, 0.3)
+    ends = []
+    for compat in (None, "", "diffusers"):
+        made = diffusers.UnCLIPScheduler()
+        made = made if compat is None else fast.convert(made, compat=compat)
+        made.set_timesteps(5)
+        ends.append(made.step(e, made.timesteps[-1], x))
+    theirs, ours, same = ends
+    assert_bitwise(ours.prev_sample, ours.pred_original_sample)
+    assert_bitwise(same.prev_sample, theirs.prev_sample)
+    ratio = float((theirs.prev_sample / theirs.pred_original_sample).mean())
+    beta, level = diffusers.UnCLIPScheduler().betas[0], diffusers.UnCLIPScheduler().alphas_cumprod
+    assert ratio == pytest.approx(float(beta / (1 - level[0])), abs=1e-6)
+    assert abs(ratio - 1.0) > 5e-4
+
+
+@pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_cogvideox_stays_on_its_grid(name):
+    theirs = getattr(diffusers, name)(timestep_spacing="trailing")
+    want, same = run(theirs, 7), run(fast.convert(theirs, compat="diffusers"), 7)
+    for a, b in zip(want, same, strict=True):
+        assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
+    right = run(fast.convert(theirs), 7)
+    assert float((right[0] - want[0]).abs().max()) > 1e-3
+    assert_bitwise(right[0], right[1])  # it ends on the estimate
+    assert_bitwise(right[2], want[2])  # and the generator where it would
+
+
+def test_the_first_step_of_cogvideox_dpm_returns_what_it_is_asked_for():
+    made, x = fast.CogVideoXDPMScheduler(), torch.ones(SHAPE)
+    made.set_timesteps(3)
+    t = made.timesteps[0]
+    result = made.step(x, None, t, None, x, return_dict=True)
+    assert isinstance(result, diffusers.schedulers.scheduling_dpm_cogvideox.DDIMSchedulerOutput)
+    assert isinstance(made.step(x, None, t, None, x), tuple)
+
+
+def repaint(made, x, mask, image):
+    made.set_timesteps(8, jump_length=2, jump_n_sample=2)
+    return made.step(0.5 * x, made.timesteps[1], x, image, mask, torch.Generator().manual_seed(0))
+
+
+def test_masks_of_repaint_of_any_kind():
+    """Shares, whole numbers, and those that broadcast; an image for the whole batch."""
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    share = torch.rand(SHAPE, generator=torch.Generator().manual_seed(2))
+    image = torch.linspace(-1.0, 1.0, 64).view(8, 8)
+    for mask in (share, share[:1, :1], share.round().int(), share.round()[0, 0], share.double(),
+                 share.transpose(2, 3)):  # fmt: skip
+        for given in (image.expand(SHAPE), image, image.bfloat16(), image.double()):
+            want = repaint(diffusers.RePaintScheduler(eta=0.7), x, mask, given)
+            got = repaint(fast.RePaintScheduler(eta=0.7), x, mask, given)
+            assert got.prev_sample.dtype == want.prev_sample.dtype
+            # diffusers scales the image, of at most 1, in its own dtype
+            atol = 2.0**-9 if given.dtype == torch.bfloat16 else 2e-6
+            torch.testing.assert_close(got.prev_sample, want.prev_sample, rtol=1e-5, atol=atol)
+    wider = torch.ones(4, 1, 3, 8, 8)  # makes more of the sample
+    want = repaint(diffusers.RePaintScheduler(), x, wider, image)
+    assert_bitwise(repaint(fast.RePaintScheduler(), x, wider, image).prev_sample, want.prev_sample)
+
+
+def test_repaint_draws_anew_where_a_timestep_comes_again():
+    made = fast.RePaintScheduler.from_config(diffusers.RePaintScheduler(eta=1.0).config,
+                                             noise="fastgen")  # fmt: skip
+    x, mask = torch.ones(SHAPE), torch.zeros(SHAPE)
+    begin(made, 8)
+    times = made.timesteps.tolist()
+    torch.manual_seed(0)
+    ends = [made.step(0.5 * x, t, x, x, mask).prev_sample for t in times[:1] + [times[3]] * 2]
+    assert not torch.equal(ends[1], ends[2])
+    torch.manual_seed(0)
+    assert_bitwise(made.step(0.5 * x, times[0], x, x, mask).prev_sample, ends[0])  # another run
+    made.eta = 0.0  # as its pipeline sets it
+    ends = [made.step(0.5 * x, times[3], x, x, mask).prev_sample for _ in range(2)]
+    assert_bitwise(*ends)
+
+
+def test_unclip_steps_where_it_is_told():
+    """To the next timestep of the grid, to t - 1 where none is told; to any other as there."""
+    x, e = torch.ones(SHAPE), torch.full(SHAPE, 0.3)
+    theirs = diffusers.UnCLIPScheduler()
+    made = fast.convert(theirs)
+    for scheduler in (theirs, made):
+        scheduler.set_timesteps(5)
+    t, s = made.timesteps[1:3]
+    for told in (s, int(s), None, int(t) - 1, made.timesteps[3], 5):
+        for place in (t, int(t)):
+            want, got = (scheduler.step(e, place, x, told, torch.Generator().manual_seed(0))
+                         for scheduler in (theirs, made))  # fmt: skip
+            torch.testing.assert_close(got.prev_sample, want.prev_sample)
+            torch.testing.assert_close(got.pred_original_sample, want.pred_original_sample)
+
+
+def test_wuerstchen_knows_a_timestep_that_was_rounded():
+    """A pipeline in half precision tells it its timesteps in that; the level is that of the grid,
+    where the sample is, and not that of the rounded number."""
+    theirs = diffusers.DDPMWuerstchenScheduler()
+    ours, same = fast.convert(theirs), fast.convert(theirs, compat="diffusers")
+    x, e = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    for made in (theirs, ours, same):
+        made.set_timesteps(20)
+    strays = []
+    for t in theirs.timesteps[:-1]:
+        wanted, *ends = (
+            made.step(e, t.expand(2).to(dtype), x, torch.Generator().manual_seed(0)).prev_sample
+            for made, dtype in ((theirs, torch.float32), (ours, torch.bfloat16),
+                                (theirs, torch.bfloat16), (same, torch.bfloat16))
+        )  # fmt: skip
+        torch.testing.assert_close(ends[0], wanted, rtol=1e-5, atol=1e-5)
+        assert_bitwise(ends[2], ends[1])
+        strays.append(float((ends[1] - wanted).abs().max()))
+    assert max(strays) > 1e-2
+
+
+def test_wuerstchen_steps_each_sample_from_its_own_timestep():
+    """diffusers takes the timestep behind the first sample's for all."""
+    made = fast.DDPMWuerstchenScheduler()
+    made.set_timesteps(6)
+    x, e = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    times = made.timesteps[[1, 4]]
+    together = made.step(e, times, x, torch.Generator().manual_seed(0)).prev_sample
+    plain = diffusers.DDPMWuerstchenScheduler()
+    plain.set_timesteps(6)
+    for k, t in enumerate(times):
+        alone = plain.step(e, t.expand(2), x, torch.Generator().manual_seed(0)).prev_sample
+        torch.testing.assert_close(together[k], alone[k])
+    off = made.step(e, torch.tensor([0.5, 0.51]), x).prev_sample
+    assert off[1].isnan().all()
 
 
 def test_euler_with_churn_takes_the_estimate_at_the_level_of_the_noise():

@@ -13,21 +13,26 @@ from torch import Tensor
 from ...plan import Output, Row
 from ...solvers.ddim import ddim_row
 from ...solvers.ddpm import ddpm_row
-from .base import _estimate, _register, _schedulers, _showing
+from .base import _constant, _estimate, _register, _schedulers, _showing
 from .by_timestep import _ByTimestep, _Counted
 
 
 class _Posterior(_ByTimestep):
     """DDPM's step, whose variance may be learned: further channels of the network's output."""
 
-    _learned = ""  # "range": between the logs of beta tilde and beta; "variance": itself
+    variance_type: str
+
+    @property
+    def _learned(self) -> bool:
+        """As the variance itself, or as where between beta tilde and beta its log lies."""
+        return self.variance_type in ("learned", "learned_range")
 
     def _posteriors(self, levels: list[tuple[int, float, float]], variance: str) -> list[Row]:
         rows = []
         for t, a_t, a_s in levels:
             name = "learned" if self._learned else variance
             row = ddpm_row(a_t, a_s, self._prediction, self._clips, name, float(t))
-            if self._learned == "range" and row.noises:
+            if self.variance_type == "learned_range" and row.noises:
                 beta = 1.0 - a_t / a_s
                 low = math.log(max(beta * (1.0 - a_s) / (1.0 - a_t), 1e-20))
                 high = math.log(beta)
@@ -47,7 +52,7 @@ class _Posterior(_ByTimestep):
             output, logvar = output.split(sample.shape[1], dim=1)
             if not row.noises:
                 logvar = None
-            elif self._learned == "variance":
+            elif self.variance_type == "learned":
                 logvar = logvar.to(torch.promote_types(logvar.dtype, torch.float32)).log()
         noise = self._normals(row, output, generator, None, row.model_time > 0.0)
         return self._stepped(index, row, sample, output, noise, return_dict, logvar, table)
@@ -55,9 +60,7 @@ class _Posterior(_ByTimestep):
 
 class _Ddpm(_Posterior):
     def _build(self) -> list[Row]:
-        kind = self.config.variance_type
-        self._learned = {"learned": "variance", "learned_range": "range"}.get(kind, "")
-        return self._posteriors(self._levels(), kind.removesuffix("_log"))
+        return self._posteriors(self._levels(), self.variance_type.removesuffix("_log"))
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         if not self._learned:
@@ -94,7 +97,6 @@ class UnCLIPScheduler(_Posterior, diffusers.UnCLIPScheduler):
         return super()._leaves() or not predicts or self.variance_type not in kinds
 
     def _build(self, near: bool) -> list[Row]:
-        self._learned = "range" if self.variance_type == "learned_range" else ""
         levels, table = self._levels(), self._alpha_bars
         if near:
             levels = [(t, a_t, table[t - 1] if t else 1.0) for t, a_t, _ in levels]
@@ -133,6 +135,7 @@ class DDPMWuerstchenScheduler(_Counted, diffusers.DDPMWuerstchenScheduler):
             rows.append(row)
         return rows
 
+    @_constant
     def _placed(self) -> dict[Any, int]:
         return {t: i for i, t in enumerate(self._host_timesteps[:-1])}
 
@@ -140,7 +143,7 @@ class DDPMWuerstchenScheduler(_Counted, diffusers.DDPMWuerstchenScheduler):
         place = self._places.get(self._value(timestep))
         if place is None:
             place = int(self._sought(timestep, timestep.device, -1))
-        return place if 0 <= place < len(self._places) else None
+        return place if 0 <= place < len(self._rows) else None
 
     def _is_hidden(self, timestep: Any) -> bool:
         return isinstance(timestep, Tensor) and (timestep.ndim > 0 or super()._is_hidden(timestep))
@@ -170,6 +173,7 @@ class RePaintScheduler(_Counted, diffusers.RePaintScheduler):
     _keeps, _prediction = True, "epsilon"
     _usual = (0.0,)
 
+    @_constant
     def _placed(self) -> dict[int, int]:
         return {t: i for i, t in enumerate(sorted(set(self._host_timesteps), reverse=True))}
 
@@ -185,7 +189,7 @@ class RePaintScheduler(_Counted, diffusers.RePaintScheduler):
 
     def _sought(self, timestep: Any, device: torch.device, absent: int) -> Tensor:
         """By the grid's even spacing, since ``timesteps`` has some of it twice."""
-        steps = len(self._places)
+        steps = len(self._rows)
         ratio = self.config.num_train_timesteps // steps
         k = timestep // ratio
         there = (timestep == k * ratio) & (k >= 0) & (k < steps)

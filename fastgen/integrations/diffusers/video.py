@@ -57,15 +57,16 @@ class CogVideoXDPMScheduler(_ByTimestep, diffusers.CogVideoXDPMScheduler):
         return self.config.num_train_timesteps // self.num_inference_steps
 
     def _build(self, second: bool) -> list[Row]:
-        rows, before, levels = [], math.inf, self._levels()
+        rows, levels = [], self._levels()
         for i, (t, a_t, a_s) in enumerate(levels):
             at, to = self._point(a_t), self._point(a_s)
             shrunk = at.alpha * to.sigma / (at.sigma * to.alpha)  # exp(-h)
             share = 1.0 - shrunk**2
             last = t < self._ratio if self._compat else i + 1 == len(levels)
-            h, extra = to.log_snr - at.log_snr, 0.0
+            extra = 0.0
             if second and i > 0 and not last:
-                extra = 0.5 * h / before
+                before = at.log_snr - self._point(levels[i - 1][1]).log_snr
+                extra = 0.5 * (to.log_snr - at.log_snr) / before
             estimate = {"x": at.estimate[0], "e": at.estimate[1]}
             weights = combined(
                 (shrunk * to.sigma / at.sigma, {"x": 1.0}),
@@ -74,7 +75,6 @@ class CogVideoXDPMScheduler(_ByTimestep, diffusers.CogVideoXDPMScheduler):
             )
             output = Output(weights, (to.sigma * math.sqrt(share),))
             rows.append(_showing(Row((output,), model_time=float(t)), estimate))
-            before = h
         return rows
 
     def step(self, model_output, old_pred_original_sample, timestep, timestep_back, sample, eta=0.0,
