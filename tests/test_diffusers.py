@@ -436,6 +436,36 @@ def test_cogvideox_stays_on_its_grid(name):
     assert_bitwise(right[2], want[2])  # and the generator where it would
 
 
+def test_the_former_estimate_of_cogvideox_dpm():
+    """Wider than the sample, of another step than the one before, absent, or of another shape."""
+    x, e, old = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(k)) for k in (1, 2, 3))
+    theirs = diffusers.CogVideoXDPMScheduler()
+    made = fast.convert(theirs)
+    for scheduler in (theirs, made):
+        scheduler.set_timesteps(6)
+    t = made.timesteps
+    for former, back, dtype in (
+        (old, t[2], torch.bfloat16),
+        (old.double(), t[2], torch.float32),
+        (old, t[1], torch.float32),
+        (old, int(t[2]), torch.float32),
+        (None, t[2], torch.float32),
+        (old.mT, t[2], torch.float32),
+    ):
+        want, got = (
+            scheduler.step(e.to(dtype), former, t[3], back, x.to(dtype),
+                           generator=torch.Generator().manual_seed(0))
+            for scheduler in (theirs, made)
+        )  # fmt: skip
+        for a, b in zip(want, got, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+    for scheduler in (theirs, made):
+        with pytest.raises(IndexError, match="list index"):
+            scheduler.step(e, old, t[3], None, x)
+    with pytest.raises(ValueError, match="old_pred_original_sample: got shape"):
+        made.step(e, old[:1], t[3], t[2], x)
+
+
 def test_the_first_step_of_cogvideox_dpm_returns_what_it_is_asked_for():
     made, x = fast.CogVideoXDPMScheduler(), torch.ones(SHAPE)
     made.set_timesteps(3)

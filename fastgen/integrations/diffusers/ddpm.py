@@ -10,6 +10,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...plan import Output, Row
 from ...solvers.ddim import ddim_row
 from ...solvers.ddpm import ddpm_row
@@ -197,19 +198,20 @@ class RePaintScheduler(_Counted, diffusers.RePaintScheduler):
 
     def step(self, model_output, timestep, sample, original_image, mask, generator=None,
              return_dict=True):  # fmt: skip
-        row, shape = None, sample.shape
-        fits = torch.broadcast_shapes(original_image.shape, mask.shape, shape) == shape
+        row, shape, image = None, sample.shape, original_image
+        fits = image.shape == mask.shape == shape or (
+            torch.broadcast_shapes(image.shape, mask.shape, shape) == shape
+        )
+        fits &= image.dtype in (sample.dtype, *checks.DTYPES[:3])
         if fits and self.num_inference_steps is not None:
             index, row, table = self._chosen(timestep, sample, (float(self.eta),))
         if row is None:
-            return super().step(model_output, timestep, sample, original_image, mask, generator,
-                                return_dict)  # fmt: skip
+            return super().step(model_output, timestep, sample, image, mask, generator, return_dict)
         noise = self._normals(row, model_output, generator, None, True)
-        self._kept[0] = original_image.expand(shape)
+        self._kept[0] = image.expand(shape)
         made, shown = self._stepped(index, row, sample, model_output, noise, False, table=table)
         known: Any = self._kept[1]
         self._kept = [None] * 7
-        dtype = torch.promote_types(torch.promote_types(made.dtype, mask.dtype),
-                                    original_image.dtype)  # fmt: skip
+        dtype = torch.promote_types(torch.promote_types(made.dtype, mask.dtype), image.dtype)
         made = torch.lerp(made.to(known.dtype), known, mask.to(known.dtype)).to(dtype)
         return self._output(made, shown) if return_dict else (made, shown)

@@ -80,10 +80,12 @@ class CogVideoXDPMScheduler(_ByTimestep, diffusers.CogVideoXDPMScheduler):
     def step(self, model_output, old_pred_original_sample, timestep, timestep_back, sample, eta=0.0,
              use_clipped_model_output=False, generator=None, variance_noise=None,
              return_dict=False):  # fmt: skip
-        old, row = old_pred_original_sample, None
+        old, back, row = old_pred_original_sample, timestep_back, None
         second = old is not None
-        if self.num_inference_steps is not None and second <= (timestep_back is not None):
-            back = timestep_back if second else None
+        both = torch.promote_types(sample.dtype, model_output.dtype)
+        fits = not second or (back is not None and torch.promote_types(both, old.dtype) == both)
+        if fits and self.num_inference_steps is not None:
+            back = back if second else None
             index, row, table = self._chosen(timestep, sample, (second,), back, -1)
         if row is None:
             return super().step(model_output, old, timestep, timestep_back, sample, eta,
