@@ -8,7 +8,7 @@ import pytest
 import torch
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-from test_diffusers import CONFIGS, SHAPE, method, network, timed  # noqa: E402
+from test_diffusers import CONFIGS, SHAPE, advance, network, timed, times_of  # noqa: E402
 
 from fastgen.integrations import diffusers as fast  # noqa: E402
 

@@ -35,9 +35,14 @@ from .by_timestep import (
     DDIMInverseScheduler,
     DDIMParallelScheduler,
     DDIMScheduler,
+    ScoreSdeVeScheduler,
+)
+from .ddpm import (
     DDPMParallelScheduler,
     DDPMScheduler,
-    ScoreSdeVeScheduler,
+    DDPMWuerstchenScheduler,
+    RePaintScheduler,
+    UnCLIPScheduler,
 )
 from .dpm import (
     DPMSolverMultistepInverseScheduler,
@@ -62,6 +67,7 @@ from .multistep import (
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
+from .video import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 
 def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> Any:
@@ -89,11 +95,14 @@ def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> A
 
 __all__ = [
     "CMStochasticIterativeScheduler",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
     "DDPMParallelScheduler",
     "DDPMScheduler",
+    "DDPMWuerstchenScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
@@ -112,10 +121,12 @@ __all__ = [
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "RePaintScheduler",
     "SASolverScheduler",
     "SCMScheduler",
     "ScoreSdeVeScheduler",
     "TCDScheduler",
+    "UnCLIPScheduler",
     "UniPCMultistepScheduler",
     "convert",
 ]
