@@ -152,7 +152,8 @@ class DDPMWuerstchenScheduler(_Counted, diffusers.DDPMWuerstchenScheduler):
     def _sought(self, timestep: Any, device: torch.device, absent: int) -> Tensor:
         """As near as the timestep's dtype tells, which may be half the grid's."""
         away, place = (self.timesteps.to(device) - timestep.view(-1, 1)).abs().min(1)
-        near = away <= torch.finfo(timestep.dtype).eps * timestep.view(-1).abs()
+        eps = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+        near = away <= eps * timestep.view(-1).abs()
         return torch.where(near, place, absent)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
