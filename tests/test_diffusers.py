@@ -35,7 +35,8 @@ CONFIGS = {
         {"variance_type": "fixed_small_log", "clip_sample": False},
         {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
         {"beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 2.0},
-        {"thresholding": True}, DYNAMIC,
+        {"thresholding": True}, DYNAMIC, {"variance_type": "learned"},
+        {"variance_type": "learned_range", "prediction_type": "sample"},
     ],
     "EulerDiscreteScheduler": [
         {}, {"timestep_spacing": "leading", "steps_offset": 1}, {"use_karras_sigmas": True}, LAST,
@@ -107,7 +108,25 @@ CONFIGS = {
     "EDMEulerScheduler": [{}, {"prediction_type": "v_prediction"}, {"sigma_max": 20.0}],
     "TCDScheduler": [{}, {"prediction_type": "v_prediction"}],
     "DDIMParallelScheduler": [{}],
-    "DDPMParallelScheduler": [{}],
+    "DDPMParallelScheduler": [{}, {"variance_type": "learned"}],
+    "UnCLIPScheduler": [
+        {}, {"prediction_type": "sample", "clip_sample_range": 2.0}, {"clip_sample": False},
+        {"variance_type": "learned_range"},
+    ],
+    "RePaintScheduler": [
+        {}, {"eta": 1.0}, {"eta": 0.4, "clip_sample": False}, {"beta_schedule": "sigmoid"},
+    ],
+    "DDPMWuerstchenScheduler": [{}, {"scaler": 2.0}, {"scaler": 0.7, "s": 0.02}],
+    "CogVideoXDDIMScheduler": [
+        {}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+             "timestep_spacing": "trailing", "snr_shift_scale": 1.0},
+        {"prediction_type": "sample", "set_alpha_to_one": False, "steps_offset": 1},
+    ],
+    "CogVideoXDPMScheduler": [
+        {}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+             "timestep_spacing": "trailing", "snr_shift_scale": 1.0},
+        {"prediction_type": "sample", "set_alpha_to_one": False, "steps_offset": 1},
+    ],
     "DDIMInverseScheduler": [{}, {"prediction_type": "v_prediction", "clip_sample": False}],
     "LCMScheduler": [{}, {"prediction_type": "v_prediction"}, {"clip_sample": True}, DYNAMIC],
     "FlowMatchEulerDiscreteScheduler": [{}, {"shift": 3.0}, {"stochastic_sampling": True}],
@@ -131,15 +150,21 @@ def network(x, t):
     return torch.tanh(x * (0.4 + t / 2000)) + 0.3 * torch.sin(2 * x - t / 300)
 
 
+GRIDS = {
+    "RePaintScheduler": {"jump_length": 3, "jump_n_sample": 2},
+    "SCMScheduler": {"intermediate_timesteps": None},
+}
+
+
 def times_of(scheduler):
-    """The timesteps to step at: the last one of SCMScheduler is the data's."""
-    return scheduler.timesteps[: -1 if isinstance(scheduler, diffusers.SCMScheduler) else None]
+    """The timesteps to step at: the last one of some classes is the data's."""
+    ended = diffusers.SCMScheduler, diffusers.DDPMWuerstchenScheduler
+    return scheduler.timesteps[: -1 if isinstance(scheduler, ended) else None]
 
 
 def timed(scheduler, steps):
     """The timesteps to step at, which are set."""
-    scm = isinstance(scheduler, diffusers.SCMScheduler)
-    scheduler.set_timesteps(steps, **({"intermediate_timesteps": None} if scm else {}))
+    scheduler.set_timesteps(steps, **GRIDS.get(type(scheduler).__name__, {}))
     if hasattr(scheduler, "set_sigmas"):
         scheduler.set_sigmas(steps)
     return times_of(scheduler)
@@ -156,6 +181,46 @@ def told(scheduler, t):
     )
 
 
+def goes_back(scheduler, i):
+    """Whether RePaint adds noise again before the i-th timestep."""
+    times = scheduler.timesteps
+    return hasattr(scheduler, "undo_step") and i > 0 and bool(times[i] > times[i - 1])
+
+
+def with_variance(scheduler, e):
+    """The network's output, and behind it a variance, where one is learned."""
+    kind = getattr(scheduler.config, "variance_type", None) or ""
+    if not kind.startswith("learned"):
+        return e
+    share = 0.05 if kind == "learned" else 1.0
+    return torch.cat([e, share * torch.sigmoid(3.0 * torch.sin(5.0 * e))], 1)
+
+
+def masked(x):
+    """(image, mask) for RePaint: 0 where the image is to be painted."""
+    mask = (torch.arange(x.shape[-1], device=x.device) % 3 == 0).to(x.dtype)
+    return torch.cos(3.0 * torch.ones_like(x).cumsum(-1)), mask
+
+
+def advance(scheduler, e, i, x, times=None, **options):
+    """``step`` at the i-th timestep, with what else it takes in some classes: a learned variance,
+    the timestep before or behind, the former estimate, an image and a mask."""
+    name, times = type(scheduler).__name__, scheduler.timesteps if times is None else times
+    t, former = times[i], getattr(scheduler, "former", None) if i else None
+    e = with_variance(scheduler, e)
+    if name == "RePaintScheduler":
+        options["original_image"], options["mask"] = masked(x)
+    if name == "DDPMWuerstchenScheduler":
+        t = torch.as_tensor(t).expand(len(x))
+    if name == "UnCLIPScheduler" and i + 1 < len(times):
+        options["prev_timestep"] = times[i + 1]
+    if name != "CogVideoXDPMScheduler":
+        return getattr(scheduler, method(scheduler))(e, t, x, **options)
+    result = scheduler.step(e, former, t, None if former is None else times[i - 1], x, **options)
+    scheduler.former = result[1]
+    return result
+
+
 def run(scheduler, steps, dtype=torch.float32, shape=SHAPE, generator=None, start=0, **options):
     """(the end, what was shown beside it, the generator's next number)."""
     generator = generator or torch.Generator().manual_seed(3)
@@ -165,9 +230,15 @@ def run(scheduler, steps, dtype=torch.float32, shape=SHAPE, generator=None, star
     x = (torch.randn(shape, generator=first) * scale).to(dtype)
     if "generator" in inspect.signature(step).parameters:
         options["generator"] = generator
-    for t in times[start:]:
+    for i in range(start, len(times)):
+        t = times[i]
+        if goes_back(scheduler, i):
+            x = scheduler.undo_step(x, times[i - 1], generator)
+            continue
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x, *rest = step(network(seen, told(scheduler, t)), t, x, **options, return_dict=False)
+        x, *rest = advance(
+            scheduler, network(seen, told(scheduler, t)), i, x, **options, return_dict=False
+        )
     return x, rest[-1] if rest else x, torch.rand(1, generator=first)
 
 
@@ -181,7 +252,8 @@ def test_a_seed_gives_diffusers_image(name, config):
     fewest = 5 if name in ("KDPM2AncestralDiscreteScheduler", "PNDMScheduler") else 2
     for steps in (fewest, 10, 20):
         theirs = getattr(diffusers, name)(**config)
-        ours = fast.convert(theirs)
+        # whose last step scales the image
+        ours = fast.convert(theirs, compat="diffusers" if name == "UnCLIPScheduler" else "")
         assert isinstance(ours, type(theirs))
         options = {"eta": 0.5} if name in ("DDIMScheduler", "DDIMParallelScheduler") else {}
         expected, actual = run(theirs, steps, **options), run(ours, steps, **options)
@@ -199,17 +271,16 @@ def test_the_interface_is_diffusers(name):
         assert inspect.signature(getattr(ours, part)) == wanted
     made = ours.from_config(theirs().config)
     assert made.config == theirs().config
-    x = torch.ones(SHAPE)
-    t = timed(made, 4)[0]
-    if hasattr(made, "scale_model_input"):
-        made.scale_model_input(x, t)
-    result = getattr(made, method(made))(x, t, x)
-    plain = theirs()
-    timed(plain, 4)
-    if hasattr(plain, "scale_model_input"):
-        plain.scale_model_input(x, t)
-    assert type(result) is type(getattr(plain, method(plain))(x, t, x))
-    assert isinstance(result.prev_sample, torch.Tensor)
+    x, results = torch.ones(SHAPE), []
+    for scheduler in (made, theirs()):
+        timed(scheduler, 4)
+        scheduler.former = x
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, scheduler.timesteps[0])
+        late = name == "CogVideoXDPMScheduler"  # whose first step is a tuple there in any case
+        results.append(advance(scheduler, x, int(late), x, return_dict=True))
+    assert type(results[0]) is type(results[1])
+    assert isinstance(results[0].prev_sample, torch.Tensor)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -226,6 +297,8 @@ STOCHASTIC = {
     "LCMScheduler": {}, "DPMSolverMultistepScheduler": {}, "DPMSolverSinglestepScheduler": {},
     "EDMDPMSolverMultistepScheduler": {}, "SASolverScheduler": {}, "FlowMatchLCMScheduler": {},
     "CMStochasticIterativeScheduler": {}, "SCMScheduler": {}, "ScoreSdeVeScheduler": {},
+    "UnCLIPScheduler": {}, "RePaintScheduler": {}, "DDPMWuerstchenScheduler": {},
+    "CogVideoXDPMScheduler": {},
 }  # fmt: skip
 
 
@@ -236,14 +309,14 @@ def test_noise_of_the_kernel_does_not_depend_on_the_batch(name):
 
     def end(seeds):
         made = fast.convert(getattr(diffusers, name)(**config), noise="fastgen")
-        times, step = timed(made, 6), getattr(made, method(made))
+        times = timed(made, 6)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         x = torch.cat([fastgen.randn((1, 3, 8, 8), seed=s) for s in seeds])
         x = x * getattr(made, "init_noise_sigma", 1.0)
-        for t in times:
+        for i, t in enumerate(times):
             seen = made.scale_model_input(x, t) if hasattr(made, "scale_model_input") else x
             output = 0.5 * seen
-            x = step(output, t, x, generator=generators, return_dict=False, **options)[0]
+            x = advance(made, output, i, x, generator=generators, return_dict=False, **options)[0]
         return x
 
     together = end([5, 6, 7])
@@ -272,17 +345,19 @@ def test_a_run_may_begin_late():
 
 
 def test_gradients_pass_as_through_diffusers():
-    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "FlowMatchHeunDiscreteScheduler",
+    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler",
+                 "RePaintScheduler", "DDPMWuerstchenScheduler", "CogVideoXDDIMScheduler",
+                 "CogVideoXDPMScheduler", "FlowMatchHeunDiscreteScheduler",
                  "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler",
                  "ScoreSdeVeScheduler"):  # fmt: skip
-        found = []
-        for scheduler in (getattr(diffusers, name)(), fast.convert(getattr(diffusers, name)())):
+        found, config = [], {"variance_type": "learned"} if name == "DDPMScheduler" else {}
+        theirs = getattr(diffusers, name)(**config)
+        for scheduler in (theirs, fast.convert(theirs)):
             x = torch.ones(SHAPE, requires_grad=True)
             y, scale = x, torch.tensor(0.3, requires_grad=True)
-            times, step = timed(scheduler, 3), getattr(scheduler, method(scheduler))
-            torch.manual_seed(5)
-            for t in times:
-                y = step(torch.tanh(scale * y), t, y, return_dict=False)[0]
+            torch.manual_seed(0)
+            for i in range(len(timed(scheduler, 3))):
+                y = advance(scheduler, torch.tanh(scale * y), i, y, return_dict=False)[0]
             found.append(torch.autograd.grad(y.sum(), (x, scale)))
         for want, got in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -322,8 +397,8 @@ def test_dtypes_that_differ_come_out_as_there(name, kinds):
         x, t = torch.ones(SHAPE, dtype=kinds[0]), timed(made, 5)[0]
         if hasattr(made, "scale_model_input"):
             made.scale_model_input(x, t)
-        step = getattr(made, method(made))
-        found.append([y.dtype for y in step(x.to(kinds[1]), t, x, return_dict=False)])
+        results = advance(made, x.to(kinds[1]), 0, x, return_dict=False)
+        found.append([y.dtype for y in results if y is not None])
     assert found[0] == found[1]
 
 
@@ -389,6 +464,169 @@ def test_ddim_stays_on_its_grid():
     while not loop.done:
         loop.step(network(loop.x, loop.time[0]))
     assert float((right - loop.x).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+def test_the_last_step_of_unclip_ends_on_the_estimate():
+    """Where a_s = 1, beta is 1 - a_t: diffusers has the one from its betas and the other from their
+    products in float32, and the image comes out as 0.99947 of itself."""
+    x, e = torch.full(SHAPE, 0.5), torch.full(SHAPE, 0.3)
+    ends = []
+    for compat in (None, "", "diffusers"):
+        made = diffusers.UnCLIPScheduler()
+        made = made if compat is None else fast.convert(made, compat=compat)
+        made.set_timesteps(5)
+        ends.append(made.step(e, made.timesteps[-1], x))
+    theirs, ours, same = ends
+    assert_bitwise(ours.prev_sample, ours.pred_original_sample)
+    assert_bitwise(same.prev_sample, theirs.prev_sample)
+    ratio = float((theirs.prev_sample / theirs.pred_original_sample).mean())
+    beta, level = diffusers.UnCLIPScheduler().betas[0], diffusers.UnCLIPScheduler().alphas_cumprod
+    assert ratio == pytest.approx(float(beta / (1 - level[0])), abs=1e-6)
+    assert abs(ratio - 1.0) > 5e-4
+
+
+@pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_cogvideox_stays_on_its_grid(name):
+    theirs = getattr(diffusers, name)(timestep_spacing="trailing")
+    want, same = run(theirs, 7), run(fast.convert(theirs, compat="diffusers"), 7)
+    for a, b in zip(want, same, strict=True):
+        assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
+    right = run(fast.convert(theirs), 7)
+    assert float((right[0] - want[0]).abs().max()) > 1e-3
+    assert_bitwise(right[0], right[1])  # it ends on the estimate
+    assert_bitwise(right[2], want[2])  # and the generator where it would
+
+
+def test_the_former_estimate_of_cogvideox_dpm():
+    """Wider than the sample, of another step than the one before, absent, or of another shape."""
+    x, e, old = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(k)) for k in (1, 2, 3))
+    theirs = diffusers.CogVideoXDPMScheduler()
+    made = fast.convert(theirs)
+    for scheduler in (theirs, made):
+        scheduler.set_timesteps(6)
+    t = made.timesteps
+    for former, back, dtype in (
+        (old, t[2], torch.bfloat16),
+        (old.double(), t[2], torch.float32),
+        (old, t[1], torch.float32),
+        (old, int(t[2]), torch.float32),
+        (None, t[2], torch.float32),
+        (old.mT, t[2], torch.float32),
+    ):
+        want, got = (
+            scheduler.step(e.to(dtype), former, t[3], back, x.to(dtype),
+                           generator=torch.Generator().manual_seed(0))
+            for scheduler in (theirs, made)
+        )  # fmt: skip
+        for a, b in zip(want, got, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+    for scheduler in (theirs, made):
+        with pytest.raises(IndexError, match="list index"):
+            scheduler.step(e, old, t[3], None, x)
+    with pytest.raises(ValueError, match="old_pred_original_sample: got shape"):
+        made.step(e, old[:1], t[3], t[2], x)
+
+
+def test_the_first_step_of_cogvideox_dpm_returns_what_it_is_asked_for():
+    made, x = fast.CogVideoXDPMScheduler(), torch.ones(SHAPE)
+    made.set_timesteps(3)
+    t = made.timesteps[0]
+    result = made.step(x, None, t, None, x, return_dict=True)
+    assert isinstance(result, diffusers.schedulers.scheduling_dpm_cogvideox.DDIMSchedulerOutput)
+    assert isinstance(made.step(x, None, t, None, x), tuple)
+
+
+def repaint(made, x, mask, image):
+    made.set_timesteps(8, jump_length=2, jump_n_sample=2)
+    return made.step(0.5 * x, made.timesteps[1], x, image, mask, torch.Generator().manual_seed(0))
+
+
+def test_masks_of_repaint_of_any_kind():
+    """Shares, whole numbers, and those that broadcast; an image for the whole batch."""
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    share = torch.rand(SHAPE, generator=torch.Generator().manual_seed(2))
+    image = torch.linspace(-1.0, 1.0, 64).view(8, 8)
+    for mask in (share, share[:1, :1], share.round().int(), share.round()[0, 0], share.double(),
+                 share.transpose(2, 3)):  # fmt: skip
+        for given in (image.expand(SHAPE), image, image.bfloat16(), image.double()):
+            want = repaint(diffusers.RePaintScheduler(eta=0.7), x, mask, given)
+            got = repaint(fast.RePaintScheduler(eta=0.7), x, mask, given)
+            assert got.prev_sample.dtype == want.prev_sample.dtype
+            # diffusers scales the image, of at most 1, in its own dtype
+            atol = 2.0**-9 if given.dtype == torch.bfloat16 else 2e-6
+            torch.testing.assert_close(got.prev_sample, want.prev_sample, rtol=1e-5, atol=atol)
+    wider = torch.ones(4, 1, 3, 8, 8)  # makes more of the sample
+    want = repaint(diffusers.RePaintScheduler(), x, wider, image)
+    assert_bitwise(repaint(fast.RePaintScheduler(), x, wider, image).prev_sample, want.prev_sample)
+
+
+def test_repaint_draws_anew_where_a_timestep_comes_again():
+    made = fast.RePaintScheduler.from_config(diffusers.RePaintScheduler(eta=1.0).config,
+                                             noise="fastgen")  # fmt: skip
+    x, mask = torch.ones(SHAPE), torch.zeros(SHAPE)
+    timed(made, 8)
+    times = made.timesteps.tolist()
+    torch.manual_seed(0)
+    ends = [made.step(0.5 * x, t, x, x, mask).prev_sample for t in times[:1] + [times[3]] * 2]
+    assert not torch.equal(ends[1], ends[2])
+    torch.manual_seed(0)
+    assert_bitwise(made.step(0.5 * x, times[0], x, x, mask).prev_sample, ends[0])  # another run
+    made.eta = 0.0  # as its pipeline sets it
+    ends = [made.step(0.5 * x, times[3], x, x, mask).prev_sample for _ in range(2)]
+    assert_bitwise(*ends)
+
+
+def test_unclip_steps_where_it_is_told():
+    """To the next timestep of the grid, to t - 1 where none is told; to any other as there."""
+    x, e = torch.ones(SHAPE), torch.full(SHAPE, 0.3)
+    theirs = diffusers.UnCLIPScheduler()
+    made = fast.convert(theirs)
+    for scheduler in (theirs, made):
+        scheduler.set_timesteps(5)
+    t, s = made.timesteps[1:3]
+    for told in (s, int(s), None, int(t) - 1, made.timesteps[3], 5):
+        for place in (t, int(t)):
+            want, got = (scheduler.step(e, place, x, told, torch.Generator().manual_seed(0))
+                         for scheduler in (theirs, made))  # fmt: skip
+            torch.testing.assert_close(got.prev_sample, want.prev_sample)
+            torch.testing.assert_close(got.pred_original_sample, want.pred_original_sample)
+
+
+def test_wuerstchen_knows_a_timestep_that_was_rounded():
+    """A pipeline in half precision tells it its timesteps in that; the level is that of the grid,
+    where the sample is, and not that of the rounded number."""
+    theirs = diffusers.DDPMWuerstchenScheduler()
+    ours, same = fast.convert(theirs), fast.convert(theirs, compat="diffusers")
+    x, e = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    for made in (theirs, ours, same):
+        made.set_timesteps(20)
+    strays = []
+    for t in theirs.timesteps[:-1]:
+        wanted, *ends = (
+            made.step(e, t.expand(2).to(dtype), x, torch.Generator().manual_seed(0)).prev_sample
+            for made, dtype in ((theirs, torch.float32), (ours, torch.bfloat16),
+                                (theirs, torch.bfloat16), (same, torch.bfloat16))
+        )  # fmt: skip
+        torch.testing.assert_close(ends[0], wanted, rtol=1e-5, atol=1e-5)
+        assert_bitwise(ends[2], ends[1])
+        strays.append(float((ends[1] - wanted).abs().max()))
+    assert max(strays) > 1e-2
+
+
+def test_wuerstchen_steps_each_sample_from_its_own_timestep():
+    """diffusers takes the timestep behind the first sample's for all."""
+    made = fast.DDPMWuerstchenScheduler()
+    made.set_timesteps(6)
+    x, e = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    times = made.timesteps[[1, 4]]
+    together = made.step(e, times, x, torch.Generator().manual_seed(0)).prev_sample
+    plain = diffusers.DDPMWuerstchenScheduler()
+    plain.set_timesteps(6)
+    for k, t in enumerate(times):
+        alone = plain.step(e, t.expand(2), x, torch.Generator().manual_seed(0)).prev_sample
+        torch.testing.assert_close(together[k], alone[k])
+    off = made.step(e, torch.tensor([0.5, 0.51]), x).prev_sample
+    assert off[1].isnan().all()
 
 
 def test_euler_with_churn_takes_the_estimate_at_the_level_of_the_noise():
@@ -462,13 +700,13 @@ def test_schedulers_can_be_copied_pickled_and_saved(name, tmp_path):
     times, x = timed(made, 6), torch.ones(SHAPE)
     if hasattr(made, "scale_model_input"):
         made.scale_model_input(x, times[0])
-    getattr(made, method(made))(x, times[0], x)
+    advance(made, x, 0, x)
     ends = []
     for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), made):
         assert type(other) is type(made)
         assert other._noise == "fastgen"
         torch.manual_seed(0)
-        ends.append(getattr(other, method(other))(0.5 * x, times[1], x).prev_sample)
+        ends.append(advance(other, 0.5 * x, 1, x, return_dict=False)[0])
     assert_bitwise(ends[0], ends[2])
     assert_bitwise(ends[1], ends[2])
     made.save_pretrained(tmp_path)
@@ -481,7 +719,7 @@ def test_schedulers_can_be_copied_pickled_and_saved(name, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_strides_do_not_matter(name):
     made = getattr(fast, name)()
-    times = timed(made, 6)
+    timed(made, 6)
     x, e = (torch.randn(2, 8, 6, 3, generator=torch.Generator().manual_seed(k)) for k in range(2))
     views = [tensor[:, :, ::2].permute(0, 3, 1, 2) for tensor in (x, e)]
     ends = []
@@ -490,8 +728,8 @@ def test_strides_do_not_matter(name):
         if hasattr(run, "is_scale_input_called"):
             run.is_scale_input_called = True
         torch.manual_seed(0)
-        for t in times[:3]:
-            y = getattr(run, method(run))(e, t, y).prev_sample
+        for i in range(3):
+            y = advance(run, e, i, y, return_dict=False)[0]
         assert not run._left
         ends.append(y)
     assert_bitwise(*ends)

@@ -9,19 +9,34 @@ import pytest
 import torch
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-from test_diffusers import CASES, method, network, timed, told  # noqa: E402
+from test_diffusers import (  # noqa: E402
+    CASES,
+    advance,
+    goes_back,
+    masked,
+    method,
+    network,
+    timed,
+    told,
+    with_variance,
+)
 
 from fastgen.integrations import diffusers as fast  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers', of its configurations
 ROUNDING = 2.0**-24
 SHOWN = 6
+GIVEN = ("RePaintScheduler", "CogVideoXDPMScheduler")  # what slot 0 is comes with the step
 
 
-def exact(row, x, e, normals, history):
+def exact(row, x, e, normals, history, logvar):
     """[(target, value, bound)]: a row in float64, and what float32 may err: every coefficient and
     every operation rounds once."""
-    x, e, normals = x.double(), e.double(), [z.double() for z in normals]
+    x, e, normals = x.double(), e.double(), [(z.double(), 0.0) for z in normals]
+    if logvar is not None:
+        (z, _), (b, b_0) = normals[0], row.logvar
+        z = z * torch.exp(0.5 * (b * logvar + b_0))
+        normals[0] = z, ROUNDING * z.abs() * (4 + 2 * (b * logvar).abs() + 2 * abs(b_0))
     values = {"x": (x, 0.0), "e": (e, 0.0)} | {f"h{k}": h for k, h in enumerate(history)}
     terms = [row.denoised[0] * x, row.denoised[1] * e]
     d, bound = sum(terms), 4 * ROUNDING * sum(t.abs() for t in terms)
@@ -36,7 +51,7 @@ def exact(row, x, e, normals, history):
     results = []
     for output in row.outputs:
         used = [(w, *values[name]) for name, w in output.weights.items() if w]
-        used += [(f, z, 0.0) for f, z in zip(output.noise, normals, strict=False) if f]
+        used += [(f, *z) for f, z in zip(output.noise, normals, strict=False) if f]
         total, bound = torch.zeros_like(x), torch.zeros_like(x)
         for weight, value, error in used:
             total = total + weight * value
@@ -53,38 +68,52 @@ def steps_of(name, config, dtype, monkeypatch, count):
     stepped = type(ours)._stepped
 
     def spy(self, index, row, sample, output, noise, *args, **kwargs):
-        seen.append((row, output, noise[0]))
+        seen.append((row, output, noise[0], self._kept[0]))
         return stepped(self, index, row, sample, output, noise, *args, **kwargs)
 
     monkeypatch.setattr(type(ours), "_stepped", spy)
     monkeypatch.setattr(type(ours), "_under_way", lambda *_: None)  # which goes round it
     times = timed(theirs, count)
     timed(ours, count)
-    steps = [getattr(s, method(s)) for s in (theirs, ours)]
-    random = "generator" in inspect.signature(steps[0]).parameters
+    random = "generator" in inspect.signature(getattr(theirs, method(theirs))).parameters
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     draws = [{"generator": g} if random else {} for g in generators]
-    if "eta" in inspect.signature(steps[0]).parameters:
+    if "eta" in inspect.signature(getattr(theirs, method(theirs))).parameters:
         draws = [d | {"eta": 0.5} for d in draws]
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     x = (x * float(getattr(theirs, "init_noise_sigma", 1.0))).to(dtype)
     history = [None] * 7
-    for t in times:
+    for i, t in enumerate(times):
+        if goes_back(theirs, i):
+            x = theirs.undo_step(x, times[i - 1])
+            continue
         inputs = [s.scale_model_input(x, t) if hasattr(s, "scale_model_input") else x
                   for s in (theirs, ours)]  # fmt: skip
         e = network(inputs[0], told(theirs, t)).to(dtype)
         seen.clear()
-        want, got = (step(e, t, x, **d, return_dict=False)[0]
-                     for step, d in zip(steps, draws, strict=True))  # fmt: skip
+        want, got = (advance(s, e, i, x, **d, return_dict=False)[0]
+                     for s, d in zip((theirs, ours), draws, strict=True))  # fmt: skip
         if seen:  # else the step is diffusers' own
-            [(row, output, normals)] = seen
-            (_, value, bound), *others = exact(row, x, output, normals, history)
+            [(row, output, normals, given)] = seen
+            logvar = with_variance(theirs, e)[:, 3:].double() if row.noises else None
+            if logvar is not None and not logvar.numel():
+                logvar = None
+            elif logvar is not None and config["variance_type"] == "learned":
+                logvar = logvar.log()
+            if name in GIVEN:
+                history[0] = None if given is None else (given.double(), 0.0)
+            (_, value, bound), *others = exact(row, x, output, normals, history, logvar)
+            if name == "RePaintScheduler":
+                kept, mask = others[0], masked(x)[1] == 1
+                value, bound = torch.where(mask, kept[1], value), torch.where(mask, kept[2], bound)
             for target, kept, error in others:
                 if target != SHOWN:
                     history[target] = kept, error
             if want.isfinite().all():
                 yield want, got, value, bound
         x = want.to(dtype)
+        if hasattr(theirs, "former"):
+            ours.former = theirs.former
 
 
 def deviation(values):

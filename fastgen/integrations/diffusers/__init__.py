@@ -37,9 +37,14 @@ from .by_timestep import (
     DDIMInverseScheduler,
     DDIMParallelScheduler,
     DDIMScheduler,
+    ScoreSdeVeScheduler,
+)
+from .ddpm import (
     DDPMParallelScheduler,
     DDPMScheduler,
-    ScoreSdeVeScheduler,
+    DDPMWuerstchenScheduler,
+    RePaintScheduler,
+    UnCLIPScheduler,
 )
 from .dpm import (
     DPMSolverMultistepInverseScheduler,
@@ -71,6 +76,7 @@ from .multistep import (
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
+from .video import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 
 def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> Any:
@@ -111,11 +117,14 @@ __all__ = [
     "AutoGuidance",
     "CMStochasticIterativeScheduler",
     "ClassifierFreeGuidance",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
     "DDPMParallelScheduler",
     "DDPMScheduler",
+    "DDPMWuerstchenScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
@@ -135,12 +144,14 @@ __all__ = [
     "LMSDiscreteScheduler",
     "PNDMScheduler",
     "PerturbedAttentionGuidance",
+    "RePaintScheduler",
     "SASolverScheduler",
     "SCMScheduler",
     "ScoreSdeVeScheduler",
     "SkipLayerGuidance",
     "SmoothedEnergyGuidance",
     "TCDScheduler",
+    "UnCLIPScheduler",
     "UniPCMultistepScheduler",
     "convert",
 ]

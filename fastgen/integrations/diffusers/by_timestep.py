@@ -1,4 +1,4 @@
-"""Schedulers whose rows are found by timestep: DDPM, DDIM and their like."""
+"""Schedulers whose rows are found by timestep, and the first of them, DDIM."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch.compiler import is_compiling
 from ...levels import Point, estimate_of
 from ...plan import Output, Row, stack_rows
 from ...solvers.ddim import ddim_row
-from ...solvers.ddpm import ddpm_row
 from .base import (
     NO_NOISE,
     _constant,
@@ -55,33 +54,51 @@ class _ByTimestep(_Fast):
             self._begin()
         return None if self._left else self._found(timestep)
 
-    def _found(self, timestep: Any) -> int | None:
+    def _place_of(self, timestep: Any) -> int | None:
         number = timestep if self._times is None else self._value(timestep)
-        place = self._places.get(self._number(number))
+        return self._places.get(self._number(number))
+
+    def _found(self, timestep: Any) -> int | None:
+        place = self._place_of(timestep)
         if place == 0:
             self._seeds = None  # another run
         return place
 
+    def _is_hidden(self, timestep: Any) -> bool:
+        """Whether the host does not know which timestep it is."""
+        hidden = isinstance(timestep, Tensor) and (not timestep.is_cpu or is_compiling())
+        return hidden and element_of(self.timesteps, timestep) is None
+
+    def _sought(self, timestep: Any, device: torch.device, absent: int) -> Tensor:
+        """The row's index, found on a device; absent: where the timestep is not on the grid."""
+        matches = self.timesteps.to(device) == timestep
+        return torch.where(matches.any(), matches.int().argmax(), absent)
+
     def _chosen(
-        self, timestep: Any, sample: Tensor, key: tuple = ()
+        self, timestep: Any, sample: Tensor, key: tuple = (), other: Any = None, by: int = 0
     ) -> tuple[Any, Row | None, Tensor | None]:
         """(index, row, table): a row, None off the grid; or, for a timestep that the host does not
         know, an index to a table of all rows, whose last is NaN for what is off the grid. key: the
-        options of the rows."""
+        options of the rows. other: a timestep that must be on the grid too, ``by`` places on."""
         if self._rows is None:
             self._begin()
         if self._left:
             return None, None, None
         rows = self._rows_of(*key)
-        hidden = isinstance(timestep, Tensor) and (not timestep.is_cpu or is_compiling())
-        if not hidden or rows[0].threshold or element_of(self.timesteps, timestep) is not None:
+        hidden = [t for t in (timestep, other) if self._is_hidden(t)]
+        if not hidden or rows[0].threshold:
             place = self._found(timestep)
-            return place, None if place is None else rows[place], None
-        matches = self.timesteps.to(timestep.device) == timestep
-        found = torch.where(matches.any(), matches.int().argmax(), len(rows))
+            if place is None or (other is not None and self._place_of(other) != place + by):
+                return None, None, None
+            return place, rows[place], None
+        device = hidden[0].device
+        found = self._sought(timestep, device, len(rows))
+        if other is not None:
+            beside = self._sought(other, device, -len(rows)) == found + by
+            found = torch.where(beside, found, len(rows))
         like = next((row for row in rows if row.noises), rows[0])
         table = torch.as_tensor(self._table(key).floats, device=sample.device)
-        return found.view(1).to(sample.device), like, table
+        return found.view(-1).to(sample.device), like, table
 
     @_constant
     def _table(self, key: tuple) -> _Table:
@@ -109,6 +126,32 @@ class _ByTimestep(_Fast):
             ratio = self.config.num_train_timesteps // self.num_inference_steps
             following = [table[t - ratio] if t >= ratio else last for t in grid]
         return list(zip(grid, levels, following, strict=True))
+
+
+class _Counted(_ByTimestep):
+    """Noise by a count of the calls, where a timestep does not tell them apart."""
+
+    _calls = 0
+
+    def _begin(self, start: int = 0) -> None:
+        super()._begin(start)
+        self._calls = 0
+
+    def _found(self, timestep: Any) -> int | None:
+        place = super()._found(timestep)
+        if place == 0:
+            self._calls = 0
+        return place
+
+    def _stepped(
+        self, index: int | Tensor, row: Row, sample: Tensor, output: Tensor, noise: tuple,
+        return_dict: bool, logvar: Tensor | None = None, table: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        if isinstance(index, Tensor) and table is not None:
+            table = table.index_select(0, index)
+        self._calls += 1
+        return super()._stepped(self._calls - 1, row, sample, output, noise, return_dict, logvar,
+                                table)  # fmt: skip
 
 
 class _Ddim(_ByTimestep):
@@ -170,56 +213,6 @@ class DDIMInverseScheduler(_ByTimestep, diffusers.DDIMInverseScheduler):
         if index is None:
             return super().step(model_output, timestep, sample, return_dict)
         return self._stepped(index, self._rows[index], sample, model_output, NO_NOISE, return_dict)
-
-
-class _Ddpm(_ByTimestep):
-    def _step_of(self, row: Row) -> tuple | None:
-        return None if self._learned else super()._step_of(row)
-
-    def _leaves(self) -> bool:
-        return super()._leaves() or self.config.variance_type == "learned"
-
-    def _build(self) -> list[Row]:
-        rows, kind = [], self.config.variance_type
-        self._learned = kind == "learned_range"
-        name = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large",
-                "learned_range": "learned"}.get(kind, kind)  # fmt: skip
-        for t, a_t, a_s in self._levels():
-            row = ddpm_row(a_t, a_s, self._prediction, self._clips, name, float(t))
-            if kind == "learned_range" and row.noises:
-                beta = 1.0 - a_t / a_s
-                low = math.log(max(beta * (1.0 - a_s) / (1.0 - a_t), 1e-20))
-                high = math.log(beta)
-                row = Row(row.outputs, row.denoised, row.clip, (0.5 * (high - low),
-                          0.5 * (high + low)), row.model_time)  # fmt: skip
-            rows.append(_showing(row, _estimate(row, self._point(a_t))))
-        return rows
-
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        done = self._under_way(timestep, sample, model_output, return_dict, True)
-        if done is not None:
-            return done
-        logvar = None
-        index, row, table = self._chosen(timestep, sample)
-        if row is None:
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        if self._learned:
-            if model_output.shape[1] != 2 * sample.shape[1]:
-                return super().step(model_output, timestep, sample, generator, return_dict)
-            model_output, logvar = model_output.split(sample.shape[1], dim=1)
-            logvar = logvar if row.noises else None
-        noise = self._normals(row, model_output, generator, None, row.model_time > 0.0)
-        return self._stepped(index, row, sample, model_output, noise, return_dict, logvar, table)
-
-
-@_register
-class DDPMScheduler(_Ddpm, diffusers.DDPMScheduler):
-    _output = _schedulers.scheduling_ddpm.DDPMSchedulerOutput
-
-
-@_register
-class DDPMParallelScheduler(_Ddpm, diffusers.DDPMParallelScheduler):
-    _output = _schedulers.scheduling_ddpm_parallel.DDPMParallelSchedulerOutput
 
 
 @_register
