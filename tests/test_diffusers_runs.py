@@ -69,10 +69,10 @@ def test_a_whole_loop_compiles(name, kind):
     assert_bitwise(*ends)
 
 
-BY_TIMESTEP = ["DDIMScheduler", "DDPMScheduler", "ScoreSdeVeScheduler"]
-
-
-@pytest.mark.parametrize("name", BY_TIMESTEP)
+@pytest.mark.parametrize("name", [
+    "DDIMScheduler", "DDPMScheduler", "CogVideoXDDIMScheduler", "UnCLIPScheduler",
+    "CogVideoXDPMScheduler", "ScoreSdeVeScheduler",
+])  # fmt: skip
 def test_one_compiled_step_serves_all_timesteps(name):
     torch._dynamo.reset()
     made, graphs = begun(name, 20), []
@@ -81,19 +81,27 @@ def test_one_compiled_step_serves_all_timesteps(name):
         graphs.append(graph)
         return graph
 
-    def step(e, t, x):
+    def step(e, t, x, other):
+        if name == "UnCLIPScheduler":
+            return made.step(e, t, x, other, return_dict=False)[0]
+        if name == "CogVideoXDPMScheduler":
+            return made.step(e, 0.5 * e, t, other, x, return_dict=False)[0]
         return getattr(made, method(made))(e, t, x, return_dict=False)[0]
 
     compiled = torch.compile(step, fullgraph=True, backend=counting)
     x = y = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    for t in made.timesteps:
+    by = -1 if name == "CogVideoXDPMScheduler" else 1
+    for t, other in list(zip(made.timesteps, made.timesteps.roll(-by), strict=True))[1:-1]:
         torch.manual_seed(0)
-        x = compiled(network(x, t), t, x)
+        x = compiled(network(x, t), t, x, other)
         torch.manual_seed(0)
-        y = step(network(y, t), t, y)
+        y = step(network(y, t), t, y, other)
     assert_bitwise(x, y)
     assert len(graphs) <= 2  # the first call's also makes the rows
-    assert compiled(x, torch.tensor(7).to(t.dtype), x).isnan().all()  # not on the grid
+    assert compiled(x, torch.tensor(7).to(t.dtype), x, other).isnan().all()  # not on the grid
+    if name in ("UnCLIPScheduler", "CogVideoXDPMScheduler"):
+        assert compiled(x, t, x, t).isnan().all()  # not beside it
+        assert compiled(x, made.timesteps[-1], x, torch.tensor(7)).isnan().all()
 
 
 @pytest.mark.parametrize("name", sorted(fast._CLASSES))
@@ -123,13 +131,28 @@ def loop_shapes(made, x, times):
     return shapes
 
 
+BY_TIMESTEP = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "UnCLIPScheduler",
+    "RePaintScheduler",
+    "DDPMWuerstchenScheduler",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "ScoreSdeVeScheduler",
+)
+
+
 @pytest.mark.parametrize("name", BY_TIMESTEP)
-def test_a_timestep_from_elsewhere_on_the_device_is_looked_up_there(name):
-    made = begun(name, 6)
+@pytest.mark.parametrize("noise", ["torch", "fastgen"])
+def test_a_timestep_from_elsewhere_on_the_device_is_looked_up_there(name, noise):
+    made = begun(name, 6, noise=noise)
+    made._times = made.timesteps.tolist()
     made._begin()
     made.timesteps = made.timesteps.to("meta")
-    x, t = torch.empty(1, 3, 8, 8, device="meta"), torch.empty_like(made.timesteps[0])
-    assert getattr(made, method(made))(x, t, x).prev_sample.shape == x.shape
+    x, times = torch.empty(1, 3, 8, 8, device="meta"), made.timesteps.clone()
+    for i in range(2):
+        assert advance(made, x, i, x, times, return_dict=False)[0].shape == x.shape
 
 
 # ---- loops held outside --------------------------------------------------------------------------
