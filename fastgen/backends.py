@@ -27,14 +27,10 @@ _MODES: tuple[tuple[Callable[[], object], object], ...] = (
     (torch._C._is_tracing, False),
 )
 
-try:
-    from . import _native
-except ImportError as error:  # a broken or missing build must not hide the reference
-    _native = None  # type: ignore[assignment]
-    _native_error = str(error)
-else:
-    _native_error = ""
-    _native.set_torch(
+
+def _meet(native) -> None:
+    """Tell the compiled module of the parts of PyTorch that it uses."""
+    native.set_torch(
         (torch.float32, torch.bfloat16, torch.float16),
         (torch.Tensor, torch.nn.Parameter),
         torch.empty_like,
@@ -42,6 +38,16 @@ else:
         _MODES,
         torch.get_num_threads,
     )
+
+
+try:
+    from . import _native
+except ImportError as error:  # a broken or missing build must not hide the reference
+    _native = None  # type: ignore[assignment]
+    _native_error = str(error)
+else:
+    _native_error = ""
+    _meet(_native)
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
 OPS = {  # op: what has a kernel for it

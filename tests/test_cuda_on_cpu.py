@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgen import backends
+
 ROOT = Path(__file__).resolve().parent.parent
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INFINITY = float("inf")
@@ -57,7 +59,7 @@ def native(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("_native", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.set_torch(DTYPES, (torch.Tensor, torch.nn.Parameter), torch.empty_like, None)
+    backends._meet(module)
     return module
 
 
