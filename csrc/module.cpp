@@ -258,7 +258,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("loop_step", &loop_step);
     static PyMethodDef bare[] = {
         bare_method<scheduler_step, 9>("scheduler_step"),
-        bare_method<scheduler_step_under_way, 7>("scheduler_step_under_way"),
+        bare_method<scheduler_step_under_way, 8>("scheduler_step_under_way"),
         bare_method<eager, 0>("is_eager"),
         {nullptr, nullptr, 0, nullptr}};
     if (PyModule_AddFunctions(m.ptr(), bare) != 0) throw py::error_already_set();

@@ -249,8 +249,8 @@ class StepCall {
     }
 
     // False where the tensors have more separate dims than a kernel walks.
-    bool run(py::handle row, py::handle seed, py::handle sample_ids, py::handle noise_step,
-             py::handle streams, int threads) {
+    bool lay_out(py::handle row, py::handle seed, py::handle sample_ids, py::handle noise_step,
+                 py::handle streams) {
         memcpy(&p.row, PyBytes_AS_STRING(row.ptr()), sizeof(StepRow));
         p.draws = !seed.is_none();
         if (p.draws) {
@@ -260,12 +260,14 @@ class StepCall {
         }
         Call call(views_[0]);
         for (int i = 0; i < count_; ++i) call.add(*slots_[i], views_[i]);
-        if (!call.try_lay_out(p.shape, p.draws, p.draws || p.guidance)) return false;
-        run_cpu(cpu_kernels().step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
-        return true;
+        return call.try_lay_out(p.shape, p.draws, p.draws || p.guidance);
     }
 
-    int dtype(int index) const { return views_[index].dtype; }
+    void run(int threads) {
+        run_cpu(cpu_kernels().step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
+    }
+
+    const View& view(int index) const { return views_[index]; }
 
    private:
     static constexpr int kRoom = 3 + kNoises + kHistory + kOutputs;
@@ -292,7 +294,9 @@ bool loop_step(py::handle x, py::handle output, py::handle uncond, py::handle no
         return false;
     if (!call.add_noise(noise) || !call.add_history(history) || !call.add_outs(outs)) return false;
     read_guidance(guidance, call.p.guidance_scale, call.p.guidance, call.p.guidance_stride);
-    return call.run(row, seed, sample_ids, noise_step, streams, threads);
+    if (!call.lay_out(row, seed, sample_ids, noise_step, streams)) return false;
+    call.run(threads);
+    return true;
 }
 
 namespace {
@@ -307,8 +311,17 @@ enum Rule {
     kKeeps = 16,        // rows read former results
     kWantsFloat = 32,   // an index is no timestep
     kWantsScaled = 64,  // the sample was scaled before the network saw it
-    kByTimestep = 128
-};  // no count of steps is kept
+    kByTimestep = 128,  // no count of steps is kept
+    kDrawsWide = 256    // torch draws normals of float32, whatever the output is
+};
+
+// Where the normals of a step come from: tensors given, a seed, or torch, which then draws as many
+// as the network's output has.
+struct Noise {
+    PyObject* given = nullptr;  // a tuple
+    PyObject *seed = Py_None, *ids = Py_None;
+    PyObject* generator = nullptr;  // torch's own, or None for its global one
+};
 
 // A row, as (bytes, targets of its outputs, how many normals it takes).
 struct Step {
@@ -323,15 +336,23 @@ struct Step {
 // (the next sample, what is shown beside it where the last target is kShown), or None where a
 // tensor or the call is out of the ordinary. What else the row makes goes into `kept`.
 py::object take(const Step& step, int rule, PyObject* kept, PyObject* sample, PyObject* output,
-                PyObject* normals, py::handle seed, py::handle ids, py::handle place,
-                py::handle streams) {
+                const Noise& noise, PyObject* place, PyObject* streams) {
     constexpr int64_t kShown = 6;
     if (!is_eager()) return py::none();
     StepCall call(true);
     if (!call.add(call.p.x, sample) || !call.add(call.p.cond, output) ||
-        (normals && !call.add_noise(normals)) || (kept && !call.add_history_read(kept, step.row)))
+        (noise.given && !call.add_noise(noise.given)) ||
+        (kept && !call.add_history_read(kept, step.row)))
         return py::none();
-    const int of_sample = call.dtype(0), of_output = call.dtype(1);
+    const int of_sample = call.view(0).dtype, of_output = call.view(1).dtype;
+    py::object drawn;
+    if (noise.generator) {
+        // the draws are in order, and of the dtype that both have
+        if (!call.view(1).is_contiguous() || of_sample != of_output) return py::none();
+        const bool wide = (rule & kDrawsWide) && of_output != kFloat32;
+        drawn = wide ? new_like(output, kFloat32) : new_like(output);
+        if (!call.add_own(call.p.given_noise[0], drawn.ptr())) return py::none();
+    }
     const int of_both = of_sample == of_output ? of_sample : int(kFloat32);
     const int outputs = int(PyTuple_GET_SIZE(step.targets));
     const auto target = [&](int j) { return as_int(PyTuple_GET_ITEM(step.targets, j)); };
@@ -352,8 +373,9 @@ py::object take(const Step& step, int rule, PyObject* kept, PyObject* sample, Py
     }
     call.p.guidance_scale = 1.0f;
     call.p.fresh = true;
-    if (!call.run(step.packed, seed, ids, place, streams, call.is_small() ? 1 : torch_threads()))
-        return py::none();
+    if (!call.lay_out(step.packed, noise.seed, noise.ids, place, streams)) return py::none();
+    if (noise.generator && !try_fill_normal(drawn.ptr(), noise.generator)) return py::none();
+    call.run(call.is_small() ? 1 : torch_threads());
     for (int j = 1; j < last; ++j)
         if (PyList_SetItem(kept, target(j), outs[j].release().ptr()) != 0)
             throw py::error_already_set();
@@ -384,15 +406,20 @@ py::object number_of(PyObject* timestep, bool& whole) {
 // A step of a scheduler whose row, noise and history the caller has found: as `take` gives it.
 py::object scheduler_step(PyObject* const* args) {
     const Step step(args[0], args[1]);
+    Noise noise;
+    noise.given = PyTuple_GET_ITEM(args[6], 0);
+    noise.seed = PyTuple_GET_ITEM(args[6], 1);
+    noise.ids = PyTuple_GET_ITEM(args[6], 2);
     return take(step, int(as_int(args[2])), args[3] == Py_None ? nullptr : args[3], args[4],
-                args[5], PyTuple_GET_ITEM(args[6], 0), PyTuple_GET_ITEM(args[6], 1),
-                PyTuple_GET_ITEM(args[6], 2), args[7], args[8]);
+                args[5], noise, args[7], args[8]);
 }
 
 // A step of a scheduler that is under way, found and counted here: own is its dict, which has
-//     _steps: from options to a list of (bytes, targets, normals) or None, a row each
+//     _steps: from options to a list of (bytes, targets, normals) or None, a row each; normals is
+//         how many it takes, -1 where it takes none but torch draws them
 //     _step_index and _start, counted in steps; or _places, from timestep to row
 //     _kept: the history;  _seeds: (seed, sample ids) or None
+// generator: False where the seeds give the normals, or nothing does; else torch's, which draws.
 // None, with nothing changed, where anything is out of the ordinary.
 py::object scheduler_step_under_way(PyObject* const* args) {
     static PyObject* const steps_name = PyUnicode_InternFromString("_steps");
@@ -402,7 +429,7 @@ py::object scheduler_step_under_way(PyObject* const* args) {
     static PyObject* const kept_name = PyUnicode_InternFromString("_kept");
     static PyObject* const seeds_name = PyUnicode_InternFromString("_seeds");
     static PyObject* const scaled_name = PyUnicode_InternFromString("is_scale_input_called");
-    PyObject *own = args[0], *options = args[2], *timestep = args[3];
+    PyObject *own = args[0], *options = args[2], *timestep = args[3], *generator = args[7];
     const int rule = int(as_int(args[1]));
     const py::object variants = item_of(own, steps_name);
     if (!variants) return py::none();
@@ -430,16 +457,21 @@ py::object scheduler_step_under_way(PyObject* const* args) {
     const auto found = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(steps.ptr(), index));
     if (found.is_none()) return py::none();
     const py::object kept = rule & kKeeps ? item_of(own, kept_name) : py::object();
-    py::object seeds = py::none();
-    if (PyTuple_GET_ITEM(found.ptr(), 2) != Py_False) {
+    const int64_t normals = as_int(PyTuple_GET_ITEM(found.ptr(), 2));
+    Noise noise;
+    py::object seeds;
+    if (generator != Py_False && normals != 0) {
+        if (normals != 1) return py::none();
+        noise.generator = generator;
+    } else if (normals > 0) {
         seeds = item_of(own, seeds_name);
         if (!seeds || seeds.is_none()) return py::none();
+        noise.seed = PyTuple_GET_ITEM(seeds.ptr(), 0);
+        noise.ids = PyTuple_GET_ITEM(seeds.ptr(), 1);
     }
     const Step step(PyTuple_GET_ITEM(found.ptr(), 0), PyTuple_GET_ITEM(found.ptr(), 1));
-    const bool draws = !seeds.is_none();
-    py::object results = take(step, rule, kept.ptr(), args[4], args[5], nullptr,
-                              draws ? PyTuple_GET_ITEM(seeds.ptr(), 0) : Py_None,
-                              draws ? PyTuple_GET_ITEM(seeds.ptr(), 1) : Py_None, place, args[6]);
+    py::object results =
+        take(step, rule, kept.ptr(), args[4], args[5], noise, place.ptr(), args[6]);
     if (!results.is_none() && !(rule & kByTimestep)) {
         const py::int_ next(as_int(place.ptr()) + 1);
         if (PyDict_SetItem(own, index_name, next.ptr()) != 0) throw py::error_already_set();

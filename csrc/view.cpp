@@ -39,9 +39,9 @@ constexpr int kDlCpu = 1, kDlInt = 0, kDlFloat = 2, kDlBfloat = 4;
 DlExchange* exchange_table = nullptr;
 PyObject* torch_dtypes[3];
 PyObject* tensor_types[2];
-PyObject *empty_like, *dtype_keyword, *mode_functions, *get_threads;
-PyObject *name_data_ptr, *name_dtype, *name_stride, *name_shape, *name_is_cpu, *name_is_neg,
-    *name_is_zero, *name_requires_grad;
+PyObject *empty_like, *dtype_keyword, *generator_keyword, *mode_functions, *get_threads;
+PyObject *name_normal, *name_data_ptr, *name_dtype, *name_stride, *name_shape, *name_is_cpu,
+    *name_is_neg, *name_is_zero, *name_requires_grad;
 
 py::object checked(PyObject* object) {
     if (!object) throw py::error_already_set();
@@ -91,6 +91,8 @@ void set_torch(py::tuple dtypes, py::tuple types, py::object allocate, py::objec
     mode_functions = modes.release().ptr();
     get_threads = threads.release().ptr();
     dtype_keyword = py::make_tuple("dtype").release().ptr();
+    generator_keyword = py::make_tuple("generator").release().ptr();
+    name_normal = PyUnicode_InternFromString("normal_");
     name_data_ptr = PyUnicode_InternFromString("data_ptr");
     name_dtype = PyUnicode_InternFromString("dtype");
     name_stride = PyUnicode_InternFromString("stride");
@@ -210,6 +212,18 @@ py::object new_like(PyObject* tensor, int dtype) {
     py::object made = checked(PyObject_Vectorcall(empty_like, arguments, 1, dtype_keyword));
     use_huge_pages(made.ptr());
     return made;
+}
+
+bool try_fill_normal(PyObject* tensor, PyObject* generator) {
+    PyObject* arguments[] = {tensor, generator};
+    PyObject* made = PyObject_VectorcallMethod(name_normal, arguments, 1, generator_keyword);
+    if (made) {
+        Py_DECREF(made);
+        return true;
+    }
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
+    PyErr_Clear();
+    return false;
 }
 
 }  // namespace fastgen

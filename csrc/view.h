@@ -77,4 +77,7 @@ void use_huge_pages(PyObject* tensor);
 py::object new_like(PyObject* tensor);
 py::object new_like(PyObject* tensor, int dtype);  // a DType
 
+// tensor.normal_(generator=generator); false, with nothing drawn, where torch does not.
+bool try_fill_normal(PyObject* tensor, PyObject* generator);
+
 }  // namespace fastgen

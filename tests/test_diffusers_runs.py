@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
 
@@ -225,22 +226,67 @@ def test_a_new_loop_needs_timesteps_and_can_be_copied():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", ["fastgen", "torch", "generator"])
 @pytest.mark.parametrize("name", sorted(fast._CLASSES))
-def test_a_step_under_way_is_the_step(name, dtype, monkeypatch):
+def test_a_step_under_way_is_the_step(name, noise, dtype, monkeypatch):
+    """With the same draws: the generators are left as they would be."""
     ends = []
     for _ in range(2):
-        made = getattr(fast, name).from_config(getattr(diffusers, name)().config, noise="fastgen")
+        made = getattr(fast, name).from_config(
+            getattr(diffusers, name)().config, noise=noise.replace("generator", "torch")
+        )
         x, results = torch.linspace(-1, 1, 192).view(1, 3, 8, 8).to(dtype), []
         torch.manual_seed(0)
+        more, takes = {}, inspect.signature(getattr(made, method(made))).parameters
+        if noise == "generator" and "generator" in takes:
+            more = {"generator": torch.Generator().manual_seed(5)}
         for i, t in enumerate(timed(made, 6)):
             if hasattr(made, "scale_model_input"):
                 made.scale_model_input(x, t)
             e = torch.tanh(0.5 * x + float(t) / 1000).to(dtype)
-            x, *rest = advance(made, e, i, x.to(dtype), return_dict=False)
+            x, *rest = advance(made, e, i, x.to(dtype), **more, return_dict=False)
             results += [x, *(y for y in rest if y is not None)]
+        results += [torch.rand(1), torch.rand(1, **more)]
         ends.append(results)
         monkeypatch.setattr(type(made), "_under_way", lambda *_: None)
     assert_bitwise(*ends)
+
+
+X = torch.linspace(-1, 1, 384).view(2, 3, 8, 8)
+SEVERAL = [torch.Generator(), torch.Generator()]
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize(("sample", "output", "generators"), [
+    (X, X.mul(0.5), SEVERAL),
+    (X, X.mul(0.5).transpose(2, 3).contiguous().transpose(2, 3), []),
+    (X, X.mul(0.5).to(memory_format=torch.channels_last), SEVERAL[:1]),
+    (X.bfloat16(), X.mul(0.5), []), (X.double(), X.mul(0.5).double(), []),
+], ids=["a list", "transposed", "channels last", "two dtypes", "double"])  # fmt: skip
+def test_draws_out_of_the_ordinary(name, sample, output, generators, monkeypatch):
+    ends = []
+    for _ in range(2):
+        made, x = begun(name, 5), sample
+        torch.manual_seed(0)
+        for generator in generators:
+            generator.manual_seed(7)
+        given = generators if len(generators) > 1 else generators[0] if generators else None
+        for t in made.timesteps[:3]:
+            made.scale_model_input(x, t)
+            x = made.step(output, t, x.to(sample.dtype), generator=given).prev_sample
+        ends.append((x, torch.rand(1)))
+        monkeypatch.setattr(type(made), "_under_way", lambda *_: None)
+    assert_bitwise(*ends)
+
+
+def test_a_generator_that_is_none_is_refused_before_anything_is_drawn():
+    made = begun("DDPMScheduler", 5)
+    made.step(X, made.timesteps[0], X)
+    before = torch.get_rng_state()
+    for wrong in ("a word", torch.Generator):
+        with pytest.raises((TypeError, AttributeError)):
+            made.step(X, made.timesteps[1], X, generator=wrong)
+    assert_bitwise(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("values", [1, 2])

@@ -35,6 +35,7 @@ SHOWN = 6  # the slot of what is shown beside the sample: the estimate of x_0
 # is no timestep, that the sample must have been scaled; that rows are found by timestep.
 _WHOSE = {"sample": 3, "output": 4, "": 5}
 _SHOWN_WIDE, _KEEPS, _WANTS_FLOAT, _WANTS_SCALED, _BY_TIMESTEP = 8, 16, 32, 64, 128
+_DRAWS_WIDE = 256
 _KINDS = {"epsilon": "epsilon", "sample": "sample", "original_sample": "sample",
           "v_prediction": "v", "flow_prediction": "flow"}  # fmt: skip
 _OF_A_RUN = ("_rows", "_left", "_start", "_variants", "_steps", "_places", "_grid", "_kept",
@@ -201,7 +202,7 @@ class _Fast:
 
     def _step_of(self, row: Row) -> tuple | None:
         """What the compiled module reads of a row; None where more is to be done at its step."""
-        return row.packed, row.targets, row.noises > 0
+        return row.packed, row.targets, row.noises or self._unread
 
     @property
     def _calls(self) -> int:
@@ -273,16 +274,16 @@ class _Fast:
         return ((z,) if row.noises or is_compiling() else ()), None, 0
 
     def _under_way(
-        self, timestep: Any, sample: Tensor, output: Tensor, return_dict: bool, draws: bool = False,
-        options: tuple | None = None,
+        self, timestep: Any, sample: Tensor, output: Tensor, return_dict: bool,
+        generator: Any = False, options: tuple | None = None,
     ) -> Any:  # fmt: skip
         """What ``step`` returns, in one call of the compiled module, for a run that is under way;
-        None where anything is out of the ordinary. draws: whether diffusers would."""
-        if is_compiling() or (draws and self._seeds is None) or backends._native is None:
+        None where anything is out of the ordinary. generator: False where diffusers draws none."""
+        if is_compiling() or backends._native is None:
             return None
         results = backends._native.scheduler_step_under_way(
             self.__dict__, self._rule, self._usual if options is None else options, timestep,
-            sample, output, kernel.STEP_STREAMS,
+            sample, output, kernel.STEP_STREAMS, generator if self._noise == "torch" else False,
         )  # fmt: skip
         return _made(self._output, *results) if return_dict and results is not None else results
 
@@ -346,7 +347,8 @@ class _Fast:
     _casts = ""  # "output" or "sample": whose dtype diffusers gives its result, else both promoted
     _keeps = True  # whether rows read former results
     _counts = True  # whether diffusers counts the steps
-    _strict = 0  # _WANTS_FLOAT, _WANTS_SCALED
+    _unread = -1  # 0 where diffusers draws no noise that a row does not take
+    _strict = 0  # _WANTS_FLOAT, _WANTS_SCALED, _DRAWS_WIDE
     _rule = 0  # all of it as one number
 
 

@@ -172,7 +172,8 @@ class _Drawing(_BySigma):
         return self._normals(row, output, generator, None, True)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        done = self._under_way(timestep, sample, model_output, return_dict, self._draws)
+        done = self._under_way(timestep, sample, model_output, return_dict,
+                               generator if self._draws else False)  # fmt: skip
         if done is not None:
             return done
         index = self._next(timestep)

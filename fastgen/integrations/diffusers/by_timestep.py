@@ -170,7 +170,8 @@ class _Ddim(_ByTimestep):
              generator=None, variance_noise=None, return_dict=True):  # fmt: skip
         if variance_noise is None:
             options = (eta, use_clipped_model_output)
-            done = self._under_way(timestep, sample, model_output, return_dict, eta > 0, options)
+            done = self._under_way(timestep, sample, model_output, return_dict,
+                                   generator if eta > 0 else False, options)  # fmt: skip
             if done is not None:
                 return done
         row = None
@@ -246,7 +247,7 @@ class ScoreSdeVeScheduler(_ByTimestep, diffusers.ScoreSdeVeScheduler):
 
     def step_pred(self, model_output, timestep, sample, generator=None, return_dict=True):
         wide, row = _widened(sample, model_output), None
-        done = self._under_way(timestep, wide, model_output, return_dict, True)
+        done = self._under_way(timestep, wide, model_output, return_dict, generator)
         if done is not None:
             return done
         if not isinstance(timestep, Tensor) or timestep.numel() == 1:

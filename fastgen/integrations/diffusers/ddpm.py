@@ -65,7 +65,7 @@ class _Ddpm(_Posterior):
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         if not self._learned:
-            done = self._under_way(timestep, sample, model_output, return_dict, True)
+            done = self._under_way(timestep, sample, model_output, return_dict, generator)
             if done is not None:
                 return done
         chosen = self._chosen(timestep, sample)

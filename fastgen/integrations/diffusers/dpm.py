@@ -11,7 +11,7 @@ from ...levels import NoiseLevels, Point
 from ...plan import Row
 from ...solvers.dpm import DATA, SAMPLE, _multistep, data_step, noise_step
 from ...solvers.rows import Rows, Weights, combined, first_order, noise_of
-from .base import _register
+from .base import _DRAWS_WIDE, _register
 from .by_sigma import _BySigma, _Drawing, _Edm
 
 
@@ -56,13 +56,16 @@ class _Promoted(_Dpm, _Drawing):
 class _Given(_Dpm):
     """A step that draws in float32, or is given its noise."""
 
+    _strict = _DRAWS_WIDE
+
     def _build(self) -> list[Row]:
         return self._to_the_end(lambda sigmas: self._multisteps(self._preserving(sigmas)))
 
     def step(self, model_output, timestep, sample, generator=None, variance_noise=None,
              return_dict=True):  # fmt: skip
         if variance_noise is None:
-            done = self._under_way(timestep, sample, model_output, return_dict, self._sde)
+            done = self._under_way(timestep, sample, model_output, return_dict,
+                                   generator if self._sde else False)  # fmt: skip
             if done is not None:
                 return done
         index = self._next(timestep)

@@ -15,6 +15,7 @@ from ...levels import estimate_of
 from ...plan import Output, Row
 from ...solvers.rows import combined
 from .base import (
+    _DRAWS_WIDE,
     _WANTS_FLOAT,
     NO_NOISE,
     _is_whole,
@@ -30,6 +31,7 @@ from .by_sigma import _BySigma, _Churned, _Drawing, _Strict
 class LCMScheduler(_Drawing, diffusers.LCMScheduler):
     _output = _schedulers.scheduling_lcm.LCMSchedulerOutput
     _keeps = False
+    _unread = 0
 
     def _build(self) -> list[Row]:
         grid, table, rows = self._host_timesteps[self._start :], self._alpha_bars, []
@@ -79,7 +81,8 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
     def step(self, model_output, timestep, sample, eta=0.3, generator=None, return_dict=True):
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
-        done = self._under_way(timestep, sample, model_output, return_dict, eta > 0, (eta,))
+        done = self._under_way(timestep, sample, model_output, return_dict,
+                               generator if eta > 0 else False, (eta,))  # fmt: skip
         if done is not None:
             return done
         index = self._next(timestep)
@@ -124,6 +127,7 @@ class SCMScheduler(_BySigma, diffusers.SCMScheduler):
 
     _output = _schedulers.scheduling_scm.SCMSchedulerOutput
     _keeps = False
+    _strict = _DRAWS_WIDE
 
     @property
     def _calls(self) -> int:
@@ -142,8 +146,8 @@ class SCMScheduler(_BySigma, diffusers.SCMScheduler):
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         wide = _widened(sample, model_output)
-        if wide is sample:
-            done = self._under_way(timestep, sample, model_output, return_dict, True)
+        if wide is sample and torch.get_default_dtype() == torch.float32:
+            done = self._under_way(timestep, sample, model_output, return_dict, generator)
             if done is not None:
                 return done
         index = self._next(timestep)
@@ -173,14 +177,17 @@ class _Flow(_BySigma):
 @_register
 class FlowMatchEulerDiscreteScheduler(_Flow, diffusers.FlowMatchEulerDiscreteScheduler):
     _output = _schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput
-    _casts, _keeps, _strict = "output", False, _WANTS_FLOAT
+    _casts, _keeps, _strict = "output", False, _WANTS_FLOAT + _DRAWS_WIDE
+
+    @property
+    def _random(self) -> bool:
+        return getattr(self.config, "stochastic_sampling", False)
 
     def _step_of(self, row: Row) -> tuple:
-        return row.packed, row.targets, self._random  # in a last step as well
+        return row.packed, row.targets, row.noises or -int(self._random)
 
     def _build(self) -> list[Row]:
-        rows, sigmas = [], self._run
-        random = self._random = getattr(self.config, "stochastic_sampling", False)
+        rows, sigmas, random = [], self._run, self._random
         for sigma, following in itertools.pairwise(sigmas):
             if random:
                 of_e, alpha, added = self._again(sigma, following)
@@ -193,7 +200,7 @@ class FlowMatchEulerDiscreteScheduler(_Flow, diffusers.FlowMatchEulerDiscreteSch
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"),
              s_noise=1.0, generator=None, per_token_timesteps=None, return_dict=True):  # fmt: skip
         if per_token_timesteps is None:
-            done = self._under_way(timestep, sample, model_output, return_dict)
+            done = self._under_way(timestep, sample, model_output, return_dict, generator)
             if done is not None:
                 return done
         index = -1
@@ -215,7 +222,7 @@ class FlowMatchEulerDiscreteScheduler(_Flow, diffusers.FlowMatchEulerDiscreteSch
         given -e there, which only its steps without noise take as such."""
         if self._step_index is None and not _is_whole(timestep):
             self._find(timestep)  # without a wait
-        return -output if self.config.stochastic_sampling and not self._compat else output
+        return -output if self._random and not self._compat else output
 
 
 @_register
@@ -252,7 +259,7 @@ class FlowMatchLCMScheduler(_Flow, diffusers.FlowMatchLCMScheduler):
     """The estimate of x_0 and noise again; ``scale_factors`` of another size, which is no row's."""
 
     _output = _schedulers.scheduling_flow_match_lcm.FlowMatchLCMSchedulerOutput
-    _casts, _keeps, _strict = "output", False, _WANTS_FLOAT
+    _casts, _keeps, _strict = "output", False, _WANTS_FLOAT + _DRAWS_WIDE
     _usual = (False,)
     _init_size: Any
 
@@ -268,7 +275,7 @@ class FlowMatchLCMScheduler(_Flow, diffusers.FlowMatchLCMScheduler):
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         factors = self._scale_factors if self._upscale_mode else None
         if not factors:
-            done = self._under_way(timestep, sample, model_output, return_dict, True)
+            done = self._under_way(timestep, sample, model_output, return_dict, generator)
             if done is not None:
                 return done
         if self._init_size is None or self._step_index is None:

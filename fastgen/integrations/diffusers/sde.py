@@ -21,6 +21,7 @@ class CosineDPMSolverMultistepScheduler(
     _Edm, _Drawing, diffusers.CosineDPMSolverMultistepScheduler
 ):
     noise_sampler: Any
+    _draws = False  # a tree does
 
     def _leaves(self) -> bool:
         orders = self.config.solver_order in (1, 2)
