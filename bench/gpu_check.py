@@ -35,6 +35,8 @@ PARTS = (  # the most telling first; name, seconds it may take
     ("conv_transpose", 120),
     ("small", 120),
     ("sanitizer", 230),
+    ("samplers", 90),
+    ("diffusers", 120),
     ("streams", 60),
     ("graphs", 120),
     ("compiled", 120),

@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -303,9 +304,25 @@ class Plan:
         return stack_rows(self.rows, device)
 
     def times(self, device: torch.device | str | None = None) -> Tensor:
-        """(steps,) what the network is told: int64 timesteps or float32 noise levels."""
+        """(steps,) what the network is told: int64 timesteps or float32 noise levels.
+
+        Copied to a GPU once: a later call waits for nothing and can be captured in a CUDA graph."""
         dtype = torch.int64 if self.discrete else torch.float32
-        return torch.tensor([row.model_time for row in self.rows], dtype=dtype, device=device)
+        where = str(torch.device("cpu" if device is None else device))
+        if where in self._times:
+            return self._times[where].clone()
+        times = [row.model_time for row in self.rows]
+        made = torch.tensor(times, dtype=dtype, device=device)
+        if type(made) is Tensor and made.is_cuda and str(made.device) == where:
+            self._times[where] = made.clone()
+        return made
+
+    @functools.cached_property
+    def _times(self) -> dict[str, Tensor]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_times"}
 
 
 def stack_rows(rows: Sequence[Row], device: torch.device | str | None = None) -> Tensor:

@@ -38,8 +38,8 @@ _SHOWN_WIDE, _KEEPS, _WANTS_FLOAT, _WANTS_SCALED, _BY_TIMESTEP = 8, 16, 32, 64, 
 _DRAWS_WIDE = 256
 _KINDS = {"epsilon": "epsilon", "sample": "sample", "original_sample": "sample",
           "v_prediction": "v", "flow_prediction": "flow"}  # fmt: skip
-_OF_A_RUN = ("_rows", "_left", "_start", "_variants", "_steps", "_places", "_grid", "_kept",
-             "_seeds")  # fmt: skip
+_OF_A_RUN = ("_rows", "_left", "_start", "_variants", "_steps", "_tables", "_places", "_grid",
+             "_kept", "_seeds")  # fmt: skip
 _CLASSES: dict[str, Any] = {}
 
 
@@ -122,6 +122,7 @@ class _Fast:
     _build: Callable[..., list[Row]]  # the rows of a run from _start on, a call of step each
     _usual: tuple = ()  # what _build takes of step's own options, as most runs have them
     _variants: dict[tuple, list[Row]]  # by these options
+    _tables: dict[tuple, Tensor]  # on devices
     _steps: dict[tuple, list[tuple | None]]  # of these, what the compiled module reads
     _upcasts = False  # whether diffusers computes in float32 and shows the estimate in it
 
@@ -176,7 +177,7 @@ class _Fast:
     def _built(self, start: int) -> list[Row] | None:
         """The rows of a run from a step on; None where it is diffusers' own, as levels are that are
         no ladder down to data."""
-        self._start, self._variants, self._steps = start, {}, {}
+        self._start, self._variants, self._steps, self._tables = start, {}, {}, {}
         if self._leaves():
             return None
         sigmas = getattr(self, "sigmas", None)

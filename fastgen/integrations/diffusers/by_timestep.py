@@ -97,8 +97,16 @@ class _ByTimestep(_Fast):
             beside = self._sought(other, device, -len(rows)) == found + by
             found = torch.where(beside, found, len(rows))
         like = next((row for row in rows if row.noises), rows[0])
-        table = torch.as_tensor(self._table(key).floats, device=sample.device)
+        table = self._table_on(sample.device, key)
         return found.view(-1).to(sample.device), like, table
+
+    def _table_on(self, device: torch.device, key: tuple) -> Tensor:
+        """The table, which goes to a device once."""
+        if is_compiling() or device.type == "meta":
+            return torch.as_tensor(self._table(key).floats, device=device)
+        if (device, key) not in self._tables:
+            self._tables[device, key] = torch.as_tensor(self._table(key).floats, device=device)
+        return self._tables[device, key]
 
     @_constant
     def _table(self, key: tuple) -> _Table:
