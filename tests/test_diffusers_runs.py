@@ -112,8 +112,6 @@ def test_a_device_is_not_waited_for(name):
     timed(made, 6)
     if hasattr(made, "noise_sampler"):  # torchsde's, which needs a device that computes
         made._noise = "fastgen"
-    if hasattr(made, "set_begin_index"):
-        made.set_begin_index(0)
     plain = loop_shapes(made, torch.ones(1, 3, 8, 8), times_of(made))
     timed(made, 6)
     made._times = made.timesteps.tolist()
@@ -124,9 +122,9 @@ def test_a_device_is_not_waited_for(name):
 
 def loop_shapes(made, x, times):
     shapes = []
-    if hasattr(made, "is_scale_input_called"):
-        made.is_scale_input_called = True
     for i in range(len(times)):
+        if hasattr(made, "scale_model_input"):
+            made.scale_model_input(x, times[i])
         x, *rest = advance(made, 0.5 * x, i, x, times, return_dict=False)
         shapes.append((x.shape, x.dtype, len(rest)))
     return shapes
@@ -191,6 +189,49 @@ def test_a_new_loop_has_nothing_of_former_timesteps(name):
     want = loop(made, x, made.timesteps)
     torch.manual_seed(0)
     assert_bitwise(loop(made.new_loop(), x, made.timesteps), want)
+
+
+@pytest.mark.parametrize("name", sorted(fast._CLASSES))
+def test_the_same_timesteps_again_have_the_same_rows(name):
+    made, x, ends = begun(name, 6, noise="fastgen"), torch.linspace(-1, 1, 48).view(1, 3, 4, 4), []
+    rows = []
+    for _ in range(3):
+        timed(made, 6)
+        if hasattr(made, "former"):
+            del made.former
+        torch.manual_seed(0)
+        ends.append(loop(made, x, times_of(made)))
+        rows.append(made._rows)
+    assert_bitwise(ends[0], ends[1])
+    assert_bitwise(ends[0], ends[2])
+    assert rows[1] is rows[2]
+    first = made.new_loop()  # loops of one scheduler share them, begun or not
+    timed(made, 7)
+    assert first._rows is rows[1]
+    others = [made.new_loop() for _ in range(2)]
+    for other in others:
+        loop(other, x, times_of(other), slice(1))
+    assert others[0]._rows is others[1]._rows is not rows[1]
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s.register_to_config(prediction_type="v_prediction"),
+    lambda s: setattr(s, "sigmas", s.sigmas * 1.25),
+    lambda s: s.sigmas.mul_(1.25),
+    lambda s: setattr(s, "_compat", "diffusers"),
+    lambda s: s.set_begin_index(2),
+], ids=["config", "sigmas", "in place", "compat", "begun late"])  # fmt: skip
+def test_rows_are_made_anew_where_anything_changed(change):
+    x, ends = torch.linspace(-1, 1, 48).view(1, 3, 4, 4), []
+    used, new = fast.EulerDiscreteScheduler(), fast.EulerDiscreteScheduler()
+    for made in (used, new):
+        if made is used:
+            made.set_timesteps(6)
+            loop(made, x, made.timesteps)
+        made.set_timesteps(6)
+        change(made)
+        ends.append(loop(made, x, made.timesteps[made.begin_index or 0 :]))
+    assert_bitwise(*ends)
 
 
 def test_threads_share_the_numbers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import logging
 import types
@@ -10,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -40,7 +42,14 @@ _KINDS = {"epsilon": "epsilon", "sample": "sample", "original_sample": "sample",
           "v_prediction": "v", "flow_prediction": "flow"}  # fmt: skip
 _OF_A_RUN = ("_rows", "_left", "_start", "_variants", "_steps", "_tables", "_places", "_grid",
              "_kept", "_seeds")  # fmt: skip
+_MADE = ("_variants", "_steps", "_tables", "_grid")
 _CLASSES: dict[str, Any] = {}
+
+
+class _Last:
+    """The rows of the last run, and what they were made from: new timesteps are often the same."""
+
+    run: tuple[int, dict[str, Any], list[Row] | None, dict[str, Any]] | None = None
 
 
 def _is_whole(timestep: Any) -> bool:
@@ -176,8 +185,26 @@ class _Fast:
     @_constant
     def _built(self, start: int) -> list[Row] | None:
         """The rows of a run from a step on; None where it is diffusers' own, as levels are that are
-        no ladder down to data."""
-        self._start, self._variants, self._steps, self._tables = start, {}, {}, {}
+        no ladder down to data. Those of the last run where it was no other."""
+        holder = vars(self).setdefault("_last", _Last())
+        state, last = self._state(), holder.run
+        if last is None or last[0] != start or not _alike(last[1], state):
+            self._start, self._variants, self._steps, self._tables = start, {}, {}, {}
+            rows = self._built_anew(start)
+            made = {name: vars(self)[name] for name in _MADE if name in vars(self)}
+            holder.run = last = start, state, rows, made
+        vars(self).update(last[3])
+        return last[2]
+
+    def _state(self) -> dict[str, Any]:
+        """All that rows are made from, in copies."""
+        apart = {*_OF_A_RUN, "_fresh", "_last", "_levels_of", "_host_levels",
+                 "is_scale_input_called"}  # fmt: skip
+        if self._times is not None:
+            apart.add("timesteps")
+        return {name: _copied(value) for name, value in vars(self).items() if name not in apart}
+
+    def _built_anew(self, start: int) -> list[Row] | None:
         if self._leaves():
             return None
         sigmas = getattr(self, "sigmas", None)
@@ -386,8 +413,42 @@ def _own(value: Any) -> Any:
     return type(value)(value) if type(value) in (list, dict) else value
 
 
+def _copied(value: Any) -> Any:
+    """Of what changes in place, a copy; not of images."""
+    small = isinstance(value, Tensor) and value.is_cpu and value.numel() <= 1 << 12
+    return value.clone() if small else _own(value)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same, as far as that is known without a wait."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        both = one.is_cpu and other.is_cpu and one.dtype == other.dtype
+        if not both or one.shape != other.shape:
+            return False
+        return torch.equal(one, other) or bool(
+            ((one == other) | (one.isnan() & other.isnan())).all()
+        )
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)
+
+
 def _revived(name: str) -> Any:
     return _CLASSES[name].__new__(_CLASSES[name])
+
+
+def _needs_timestep(method: Any) -> bool:
+    """Whether a class's ``scale_model_input`` looks for the step that is taken."""
+    parameter = method and inspect.signature(method).parameters.get("timestep")
+    return parameter is not None and parameter.default is parameter.empty
 
 
 def _register(cls: Any) -> Any:
@@ -400,6 +461,7 @@ def _register(cls: Any) -> Any:
         # on a device its numbers are read now, where a step would wait for them
         self._times = None if self.timesteps.is_cpu else self.timesteps.tolist()
         self._forget()
+        vars(self).setdefault("_last", _Last())
         self._fresh = {name: _own(value) for name, value in vars(self).items() if name != "_fresh"}
         if self._times is not None:
             self._begin()
@@ -412,6 +474,16 @@ def _register(cls: Any) -> Any:
     made = types.FunctionType(step.__code__, step.__globals__, step.__name__, step.__defaults__,
                               step.__closure__)  # fmt: skip
     setattr(cls, name, functools.wraps(getattr(base, name))(made))
+    scale: Any = getattr(cls, "scale_model_input", None)
+    if hasattr(cls, "_find") and _needs_timestep(scale):
+
+        @functools.wraps(scale)
+        def scale_model_input(self, sample, timestep, *args, **kwargs):
+            if self._step_index is None and self._fresh and not is_compiling():
+                self._find(timestep)  # without a wait
+            return scale(self, sample, timestep, *args, **kwargs)
+
+        cls.scale_model_input = scale_model_input
     cls.__doc__ = f"diffusers' {base.__name__}, with a kernel a step."
     cls.__name__ = cls.__qualname__ = base.__name__
     cls.__module__ = base.__module__  # what a saved pipeline records
