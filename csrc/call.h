@@ -1,9 +1,14 @@
 // From a call's Python arguments to a params struct and its kernel, for the bindings.
 #pragma once
 
+#include <string>
+
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "view.h"
+#if defined(FASTGEN_CUDA)
+#include "cuda/launch.h"
+#endif
 
 namespace fastgen {
 
@@ -122,7 +127,17 @@ void run_cpu(void (*kernel)(const Params&, int), const Params& params, int64_t g
     kernel(params, threads);
 }
 
-// The straight path, in quick.cpp.
+#if defined(FASTGEN_CUDA)
+template <typename Params>
+void run_cuda(int (*launch)(const Params&, void*), const Params& params, void* stream) {
+    const int error = launch(params, stream);
+    if (error) throw std::runtime_error(std::string("CUDA: ") + cuda::error_string(error));
+}
+#endif
+
+// The straight path, in quick.cpp. Of tensors on a GPU it declines all until it is told that the
+// kernels run there.
+void serve_gpu(bool serves);
 py::object shapes_of(py::tuple operands, bool grad);
 py::object quick_step(py::handle operands, py::handle noise, py::handle out, py::handle row,
                       double guidance, py::handle seed, int64_t noise_step, py::handle streams,

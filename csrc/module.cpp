@@ -6,24 +6,16 @@
 
 #include "call.h"
 #include "math/philox.h"
-#if defined(FASTGEN_CUDA)
-#include "cuda/launch.h"
-#endif
 
 namespace fastgen {
 namespace {
 
 #if defined(FASTGEN_CUDA)
-template <typename Params>
-void run_cuda(int (*launch)(const Params&, void*), const Params& params, int64_t stream) {
-    const int error = launch(params, reinterpret_cast<void*>(stream));
-    if (error) throw std::runtime_error(std::string("CUDA: ") + cuda::error_string(error));
-}
-#define FASTGEN_RUN(op, params, cost)                     \
-    if (!stream.is_none()) {                              \
-        run_cuda(cuda::op, params, as_int(stream.ptr())); \
-        return;                                           \
-    }                                                     \
+#define FASTGEN_RUN(op, params, cost)                                              \
+    if (!stream.is_none()) {                                                       \
+        run_cuda(cuda::op, params, reinterpret_cast<void*>(as_int(stream.ptr()))); \
+        return;                                                                    \
+    }                                                                              \
     run_cpu(cpu_kernels().op, params, cost, threads)
 #else
 #define FASTGEN_RUN(op, params, cost)                                      \
@@ -253,6 +245,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     using namespace fastgen;
     m.def("set_torch", &set_torch);
     m.def("use_huge_pages", [](py::handle tensor) { use_huge_pages(tensor.ptr()); });
+    m.def("serve_gpu", &serve_gpu);
     m.def("shapes_of", &shapes_of);
     m.def("quick_step", &quick_step);
     m.def("loop_step", &loop_step);

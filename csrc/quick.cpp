@@ -1,4 +1,4 @@
-// The straight path of small calls: checked, laid out and run behind a single binding.
+// The straight path of ordinary calls: checked, laid out and run behind a single binding.
 #include <math.h>
 
 #include <algorithm>
@@ -9,7 +9,30 @@
 namespace fastgen {
 namespace {
 
-// A call whose tensors are all ordinary, on the CPU, of one shape and a kernel's dtype. Anything
+bool gpu_serves = false;
+
+// Whether a kernel here can have the tensor: on the CPU, or on the GPU that is in use.
+bool is_in_reach(const View& view) {
+#if defined(FASTGEN_CUDA)
+    if (view.gpu >= 0) return gpu_serves && view.gpu == cuda::current_device();
+#endif
+    return view.on_cpu;
+}
+
+bool is_beside(const View& view, const View& first) {
+    return view.on_cpu == first.on_cpu && view.gpu == first.gpu;
+}
+
+#if defined(FASTGEN_CUDA)
+#define FASTGEN_RUN_AT(place, op, params, grain, threads)                     \
+    ((place).gpu >= 0 ? run_cuda(cuda::op, params, torch_stream((place).gpu)) \
+                      : run_cpu(cpu_kernels().op, params, grain, threads))
+#else
+#define FASTGEN_RUN_AT(place, op, params, grain, threads) \
+    run_cpu(cpu_kernels().op, params, grain, threads)
+#endif
+
+// A call whose tensors are all ordinary, on one device, of one shape and a kernel's dtype. Anything
 // else is NotImplemented: the general path, in Python, then serves it or says what is wrong.
 
 class Ordinary {
@@ -41,6 +64,7 @@ class Ordinary {
         const bool ordinary = see(given, out);
         grad_ = kept;
         if (!ordinary || out.ndim == 0 || !out.is_contiguous()) return false;
+        if (count_ > 0 && !is_beside(out, views_[0])) return false;
         const char* begin = static_cast<const char*>(out.data);
         const char* end = begin + 4 * out.elements();  // no dtype is wider
         for (int i = 0; i < count_; ++i) {
@@ -65,12 +89,15 @@ class Ordinary {
         return call.try_lay_out(shape, ordered, per_sample);
     }
 
+    // Where the output is.
+    const View& place() const { return out_; }
+
     py::object result;
 
    private:
     bool see(PyObject* tensor, View& view) const {
         return is_ordinary(tensor, grad_) && try_look_at(tensor, view) && view.ndim <= kMaxRank &&
-               view.on_cpu && view.dtype >= 0;
+               view.dtype >= 0 && (count_ ? is_beside(view, views_[0]) : is_in_reach(view));
     }
 
     static constexpr int kRoom = 16;
@@ -135,7 +162,7 @@ py::object quick_step(py::handle operands, py::handle noise, py::handle out, py:
     }
     if (!tensors.lay_out(p.shape, p.out[0], p.draws, p.draws)) return declined;
     if (p.draws && p.shape.elements > kMaxNoiseElements) return declined;
-    run_cpu(cpu_kernels().step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
+    FASTGEN_RUN_AT(tensors.place(), step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
     return tensors.result;
 }
 
@@ -180,8 +207,9 @@ class StepCall {
     bool add_own(Tensor& slot, PyObject* tensor) {
         View& view = views_[count_];
         slots_[count_] = &slot;
-        return try_look_at(tensor, view) && view.on_cpu && view.dtype >= 0 &&
-               view.ndim <= kMaxRank && (count_++ == 0 || view.has_size_of(views_[0]));
+        if (!try_look_at(tensor, view) || view.dtype < 0 || view.ndim > kMaxRank) return false;
+        if (count_++ == 0) return is_in_reach(view);
+        return is_beside(view, views_[0]) && view.has_size_of(views_[0]);
     }
 
     // [uncond, cond] in one tensor of twice the batch.
@@ -190,7 +218,7 @@ class StepCall {
         View& both = views_[count_];
         slots_[count_++] = &p.uncond;
         if (batch == 0 || !is_ordinary(output, grad_) || !try_look_at(output, both) ||
-            !both.on_cpu || both.dtype < 0 || both.ndim != views_[0].ndim)
+            !is_beside(both, views_[0]) || both.dtype < 0 || both.ndim != views_[0].ndim)
             return false;
         int64_t doubled[kMaxRank];
         std::copy(views_[0].size, views_[0].size + both.ndim, doubled);
@@ -200,6 +228,8 @@ class StepCall {
         View& half = views_[count_];
         slots_[count_++] = &p.cond;
         half.dtype = both.dtype;
+        half.on_cpu = both.on_cpu;
+        half.gpu = both.gpu;
         half.ndim = both.ndim;
         half.size = both.size;
         half.stride = both.stride;
@@ -248,12 +278,16 @@ class StepCall {
         return true;
     }
 
-    // False where the tensors have more separate dims than a kernel walks.
+    // False where the tensors have more separate dims than a kernel walks, or the seeds are
+    // elsewhere.
     bool lay_out(py::handle row, py::handle seed, py::handle sample_ids, py::handle noise_step,
                  py::handle streams) {
         memcpy(&p.row, PyBytes_AS_STRING(row.ptr()), sizeof(StepRow));
         p.draws = !seed.is_none();
         if (p.draws) {
+            if (PyTuple_Check(seed.ptr()) && !has_beside(PyTuple_GET_ITEM(seed.ptr(), 0)))
+                return false;
+            if (!PyLong_Check(sample_ids.ptr()) && !has_beside(sample_ids.ptr())) return false;
             read_key(p.key, seed, sample_ids, noise_step, py::none());
             for (int m = 0; m < kNoises; ++m)
                 p.stream[m] = int32_t(as_int(PyTuple_GET_ITEM(streams.ptr(), m)));
@@ -264,12 +298,17 @@ class StepCall {
     }
 
     void run(int threads) {
-        run_cpu(cpu_kernels().step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
+        FASTGEN_RUN_AT(views_[0], step, p, p.draws ? kNoiseGrain : kPlainGrain, threads);
     }
 
     const View& view(int index) const { return views_[index]; }
 
    private:
+    bool has_beside(PyObject* tensor) const {
+        View view;
+        return try_look_at(tensor, view) && is_beside(view, views_[0]);
+    }
+
     static constexpr int kRoom = 3 + kNoises + kHistory + kOutputs;
     bool grad_;
     int count_ = 0, given_ = 0;
@@ -375,7 +414,7 @@ py::object take(const Step& step, int rule, PyObject* kept, PyObject* sample, Py
     call.p.fresh = true;
     if (!call.lay_out(step.packed, noise.seed, noise.ids, place, streams)) return py::none();
     if (noise.generator && !try_fill_normal(drawn.ptr(), noise.generator)) return py::none();
-    call.run(call.is_small() ? 1 : torch_threads());
+    call.run(call.is_small() || !call.view(0).on_cpu ? 1 : torch_threads());
     for (int j = 1; j < last; ++j)
         if (PyList_SetItem(kept, target(j), outs[j].release().ptr()) != 0)
             throw py::error_already_set();
@@ -401,7 +440,20 @@ py::object number_of(PyObject* timestep, bool& whole) {
     return whole ? py::int_(value) : py::object();
 }
 
+// The number of one of a scheduler's own timesteps on a GPU, or null.
+py::object number_on_gpu(PyObject* own, PyObject* timestep) {
+    static PyObject* const timesteps_name = PyUnicode_InternFromString("timesteps");
+    static PyObject* const times_name = PyUnicode_InternFromString("_times");
+    const py::object timesteps = item_of(own, timesteps_name), times = item_of(own, times_name);
+    if (!timesteps || !times || !PyList_Check(times.ptr())) return {};
+    const int64_t index = element_of(timesteps.ptr(), timestep);
+    if (index < 0 || index >= PyList_GET_SIZE(times.ptr())) return {};
+    return py::reinterpret_borrow<py::object>(PyList_GET_ITEM(times.ptr(), index));
+}
+
 }  // namespace
+
+void serve_gpu(bool serves) { gpu_serves = serves; }
 
 // A step of a scheduler whose row, noise and history the caller has found: as `take` gives it.
 py::object scheduler_step(PyObject* const* args) {
@@ -440,7 +492,9 @@ py::object scheduler_step_under_way(PyObject* const* args) {
     int64_t index;
     if (rule & kByTimestep) {
         bool whole;
-        const py::object number = number_of(timestep, whole), places = item_of(own, places_name);
+        const py::object places = item_of(own, places_name);
+        py::object number = number_of(timestep, whole);
+        if (!number) number = number_on_gpu(own, timestep);
         if (number && places) place = item_of(places.ptr(), number.ptr());
         if (!place) return py::none();
         index = as_int(place.ptr());
@@ -498,11 +552,12 @@ py::object quick_reparameterize(py::handle mean, py::handle logvar, py::handle n
     if (p.shape.elements > kMaxNoiseElements) return declined;
     std::vector<float> partials;
     if (!kl.is_none()) {
+        if (!tensors.place().on_cpu) return declined;
         partials.resize(p.shape.batch * ((p.shape.elements + kChunk - 1) / kChunk));
         p.partials = partials.data();
         p.kl = static_cast<float*>(address(kl));
     }
-    run_cpu(cpu_kernels().reparameterize, p, kNoiseGrain, threads);
+    FASTGEN_RUN_AT(tensors.place(), reparameterize, p, kNoiseGrain, threads);
     return tensors.result;
 }
 

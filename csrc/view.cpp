@@ -34,12 +34,18 @@ struct DlExchange {
     int (*tensor_from_object)(void* object, DlTensor* out);
     void* current_stream;
 };
-constexpr int kDlCpu = 1, kDlInt = 0, kDlFloat = 2, kDlBfloat = 4;
+#if defined(FASTGEN_EMULATED)
+constexpr int kDlCpu = -1, kDlCuda = 1;  // the memory of the CPU stands for a GPU's
+#else
+constexpr int kDlCpu = 1, kDlCuda = 2;
+#endif
+constexpr int kDlInt = 0, kDlFloat = 2, kDlBfloat = 4;
 
 DlExchange* exchange_table = nullptr;
 PyObject* torch_dtypes[3];
 PyObject* tensor_types[2];
-PyObject *empty_like, *dtype_keyword, *generator_keyword, *mode_functions, *get_threads;
+PyObject *empty_like, *dtype_keyword, *generator_keyword, *mode_functions, *get_threads,
+    *get_stream;
 PyObject *name_normal, *name_data_ptr, *name_dtype, *name_stride, *name_shape, *name_is_cpu,
     *name_is_neg, *name_is_zero, *name_requires_grad;
 
@@ -71,6 +77,7 @@ void look_by_attributes(PyObject* tensor, View& view) {
     view.data = PyLong_AsVoidPtr(pointer.ptr());
     if (!view.data && PyErr_Occurred()) throw py::error_already_set();
     view.on_cpu = attribute(tensor, name_is_cpu).ptr() == Py_True;
+    view.gpu = -1;
     view.ndim = read_dims(attribute(tensor, name_shape), view.storage);
     read_dims(call_method(tensor, name_stride), view.storage + kMaxRank);
     view.size = view.storage;
@@ -84,12 +91,13 @@ void look_by_attributes(PyObject* tensor, View& view) {
 }  // namespace
 
 void set_torch(py::tuple dtypes, py::tuple types, py::object allocate, py::object exchange,
-               py::tuple modes, py::object threads) {
+               py::tuple modes, py::object threads, py::object gpu_stream) {
     for (int i = 0; i < 3; ++i) torch_dtypes[i] = py::object(dtypes[i]).release().ptr();
     for (int i = 0; i < 2; ++i) tensor_types[i] = py::object(types[i]).release().ptr();
     empty_like = allocate.release().ptr();
     mode_functions = modes.release().ptr();
     get_threads = threads.release().ptr();
+    get_stream = gpu_stream.release().ptr();
     dtype_keyword = py::make_tuple("dtype").release().ptr();
     generator_keyword = py::make_tuple("generator").release().ptr();
     name_normal = PyUnicode_InternFromString("normal_");
@@ -127,12 +135,22 @@ int torch_threads() {
     return int(threads);
 }
 
+void* torch_stream(int gpu) {
+    if (get_stream == Py_None) throw std::runtime_error("this torch has no CUDA");
+    const py::int_ device(gpu);
+    const py::object stream = checked(PyObject_CallOneArg(get_stream, device.ptr()));
+    void* address = PyLong_AsVoidPtr(stream.ptr());
+    if (!address && PyErr_Occurred()) throw py::error_already_set();
+    return address;
+}
+
 void look_at(PyObject* tensor, View& view) {
     if (!exchange_table) return look_by_attributes(tensor, view);
     DlTensor seen;
     if (exchange_table->tensor_from_object(tensor, &seen) != 0) throw py::error_already_set();
     view.data = static_cast<char*>(seen.data) + seen.byte_offset;
     view.on_cpu = seen.device.type == kDlCpu;
+    view.gpu = seen.device.type == kDlCuda ? seen.device.id : -1;
     view.ndim = seen.ndim;
     view.size = seen.shape;
     view.stride = seen.strides;
@@ -173,6 +191,30 @@ bool try_read_index(PyObject* tensor, int64_t& value, bool& whole) {
     else
         return false;
     return true;
+}
+
+int64_t element_of(PyObject* tensor, PyObject* element) {
+    if (!exchange_table || reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != tensor_types[0] ||
+        reinterpret_cast<PyObject*>(Py_TYPE(element)) != tensor_types[0])
+        return -1;
+    DlTensor whole, part;
+    if (exchange_table->tensor_from_object(tensor, &whole) != 0 ||
+        exchange_table->tensor_from_object(element, &part) != 0) {
+        PyErr_Clear();
+        return -1;
+    }
+    if (part.device.type != kDlCuda || whole.device.type != kDlCuda ||
+        part.device.id != whole.device.id || part.dtype.code != whole.dtype.code ||
+        part.dtype.bits != whole.dtype.bits || whole.ndim != 1)
+        return -1;
+    for (int dim = 0; dim < part.ndim; ++dim)
+        if (part.shape[dim] != 1) return -1;
+    const int64_t step = whole.strides[0] * (whole.dtype.bits / 8);
+    const int64_t offset = (static_cast<char*>(part.data) + part.byte_offset) -
+                           (static_cast<char*>(whole.data) + whole.byte_offset);
+    const bool there =
+        step > 0 && offset >= 0 && offset % step == 0 && offset / step < whole.shape[0];
+    return there ? offset / step : -1;
 }
 
 bool is_ordinary(PyObject* tensor, bool grad) {

@@ -14,6 +14,7 @@ struct View {
     void* data;
     int dtype;  // a DType, or -1
     bool on_cpu;
+    int gpu;  // the CUDA device it is on, or -1
     int ndim;
     const int64_t* size;
     const int64_t* stride;
@@ -47,14 +48,17 @@ struct View {
 };
 
 // What the module needs of torch, handed over once. modes: (function, what it returns where nothing
-// stands between a call and its kernel), ...; threads: torch.get_num_threads.
+// stands between a call and its kernel), ...; threads: torch.get_num_threads; gpu_stream: from a
+// CUDA device to the address of its current stream, or None.
 void set_torch(py::tuple dtypes, py::tuple types, py::object empty_like, py::object exchange,
-               py::tuple modes, py::object threads);
+               py::tuple modes, py::object threads, py::object gpu_stream);
 
 // Whether all modes are off.
 bool is_eager();
 
 int torch_threads();
+
+void* torch_stream(int gpu);
 
 // Fills `view`; throws the Python error of a tensor that has no memory to show.
 void look_at(PyObject* tensor, View& view);
@@ -65,6 +69,10 @@ bool try_look_at(PyObject* tensor, View& view);
 // An integer of a tensor of one element on the CPU; false where it cannot be read. whole: whether
 // the dtype may be one of integers.
 bool try_read_index(PyObject* tensor, int64_t& value, bool& whole);
+
+// Which element of a tensor of one dim on a GPU another is, by its place in memory, which needs no
+// look at the device; or -1.
+int64_t element_of(PyObject* tensor, PyObject* element);
 
 // Whether a tensor is all that its memory shows: exactly torch.Tensor or Parameter, no negative or
 // zero flag, and no gradient wanted while gradients are being recorded.

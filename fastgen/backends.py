@@ -28,7 +28,10 @@ _MODES: tuple[tuple[Callable[[], object], object], ...] = (
 )
 
 
-def _meet(native) -> None:
+_gpu_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def _meet(native, gpu_stream: Callable[[int], int] | None = _gpu_stream) -> None:
     """Tell the compiled module of the parts of PyTorch that it uses."""
     native.set_torch(
         (torch.float32, torch.bfloat16, torch.float16),
@@ -37,6 +40,7 @@ def _meet(native) -> None:
         getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
         _MODES,
         torch.get_num_threads,
+        gpu_stream,
     )
 
 
@@ -147,6 +151,8 @@ def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
             continue  # the interpreter is for checking, never a default
         reason = refusal(op, candidate, device_type, dtype)
         if not reason:
+            if candidate == "cuda":
+                _native.serve_gpu(True)  # what is ordinary goes straight to it from now on
             falls_back = candidate == "reference" and device_type not in ("cpu", "meta")
             if falls_back and dtype in KERNEL_DTYPES:
                 warnings.warn(

@@ -73,7 +73,7 @@ class Loop:
         self._batch, self._guided = x.shape[0], guided
         self._backend = backend
         name = kernel.choose(backend, x)  # refuses now what cannot serve
-        self._straight = name == "cpu"
+        self._straight = name in ("cpu", "cuda")
         self._inference = torch.is_inference_mode_enabled()
         self._seed: kernel.Seed = None
         self._ids: int | Tensor = 0

@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgen import backends
+import fastgen
+from fastgen import Loop, NoiseSchedule, backends, solvers
+from fastgen.ops import kernel
+from fastgen.testing import assert_bitwise
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +41,7 @@ def native(tmp_path_factory):
     emulated = ["-I", str(ROOT / "tests/cuda_on_cpu"), "-include", "cuda_runtime.h", "-x", "c++"]
     python = [
         *("-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]),
-        *('-DFASTGEN_CUDA="emulated"', '-DFASTGEN_VERSION="0"'),
+        *('-DFASTGEN_CUDA="emulated"', '-DFASTGEN_VERSION="0"', "-DFASTGEN_EMULATED"),
     ]
     one_isa = ["-DFASTGEN_ISA=baseline"]
     every_isa = ("dispatch", "parallel")
@@ -59,7 +62,7 @@ def native(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("_native", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    backends._meet(module)
+    backends._meet(module, lambda device: 0)
     return module
 
 
@@ -253,3 +256,98 @@ def test_rescale(native, shape, layouts, dtypes):
             native.rescale(shape, cond, uncond, guidance, 0.7, partials, scale, *target)
             results.append(bits(scale))
         assert torch.equal(*results)
+
+
+# ---- the straight path, to which the CPU's tensors here are a GPU's ------------------------------
+
+
+@pytest.fixture
+def on_gpu(native, monkeypatch):
+    """Tensors seen as on a GPU, whose kernels serve; what does not go straight is an error."""
+
+    def enter():
+        native.serve_gpu(True)
+        monkeypatch.setattr(backends, "_native", native)
+        monkeypatch.setattr(kernel, "launch", None)
+
+    yield enter
+    native.serve_gpu(False)
+
+
+def test_a_gpu_is_not_served_before_it_is_known_to_run_the_kernels(native):
+    x, row = torch.randn(2, 3), solvers.ddim(NoiseSchedule.linear(), 5).rows[1].packed
+    arguments = ((x, x), None, None, row, 1.0, None, 0, (2,), True, 1)
+    native.serve_gpu(False)
+    assert native.quick_step(*arguments) is NotImplemented
+    native.serve_gpu(True)
+    assert_bitwise(native.quick_step(*arguments), backends._native.quick_step(*arguments))
+    native.serve_gpu(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_straight_calls(on_gpu, dtype):
+    make = Maker(1, (2, 4, 16, 16), ["contiguous", "permuted"], [dtype], special=False)
+    x, e, plain = make(), make(), make().contiguous()
+
+    def calls():
+        out = torch.zeros(2, 4, 16, 16, dtype=dtype)
+        yield fastgen.ddpm_step(x, e, 0.4, 0.6, seed=3, step=2)
+        yield fastgen.ddpm_step(plain, e.contiguous(), 0.4, 0.6, noise=plain, out=out)
+        yield fastgen.cfg_combine(x, e, 7.5)
+        yield fastgen.add_noise(x, 0.3, seed=1, step=4)
+        yield fastgen.reparameterize(x, e, seed=1, step=4)
+        yield fastgen.randn(out.shape, seed=9, out=out.float())
+
+    expected = list(calls())
+    on_gpu()
+    for actual, wanted in zip(calls(), expected, strict=True):
+        assert_bitwise(actual, wanted)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("key", [7, [7, 8]])
+def test_a_loop_goes_straight(on_gpu, guided, key):
+    plan = solvers.dpmpp_2m_sde(NoiseSchedule.linear().levels(6))
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for enter in (lambda: None, on_gpu):
+        enter()
+        loop = Loop(plan, x, seed=key, guided=guided, guidance_scale=[2.0, 3.0] if guided else 1.0)
+        loop._straight = True
+        while not loop.done:
+            loop.step(torch.tanh(loop.model_input))
+        ends.append(loop.x)
+    assert_bitwise(*ends)
+
+
+@pytest.mark.parametrize("noise", ["torch", "fastgen"])
+@pytest.mark.parametrize("name", [
+    "DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler",
+    "FlowMatchEulerDiscreteScheduler", "SASolverScheduler",
+])  # fmt: skip
+def test_a_scheduler_goes_straight(on_gpu, name, noise, monkeypatch):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    fast = pytest.importorskip("fastgen.integrations.diffusers")
+    ends, python = [], []
+    for enter in (lambda: None, on_gpu):
+        enter()
+        made = fast.convert(getattr(diffusers, name)(), noise=noise)
+        made.set_timesteps(6)
+        made._times = made.timesteps.tolist()  # as of a device
+        x = torch.linspace(-1, 1, 210).view(2, 3, 5, 7)
+        stepped = type(made)._stepped
+        monkeypatch.setattr(
+            type(made), "_stepped",
+            lambda *given, run=stepped, **more: python.append(1) or run(*given, **more),
+        )  # fmt: skip
+        python.clear()
+        torch.manual_seed(0)
+        for t in made.timesteps:
+            seen = made.scale_model_input(x, t) if hasattr(made, "scale_model_input") else x
+            x = made.step(torch.tanh(seen), t, x).prev_sample
+        ends.append((x, torch.rand(1)))
+        monkeypatch.setattr(type(made), "_stepped", stepped)
+    assert_bitwise(*ends)
+    # a first step, which begins a run; with torch's noise, those whose draws no row takes
+    assert len(python) <= (1 if noise == "fastgen" else 3)

@@ -120,6 +120,13 @@ int rescale(const RescaleParams& p, void* stream) {
 
 const char* error_string(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
+int current_device() {
+    int device;
+    if (cudaGetDevice(&device) == cudaSuccess) return device;
+    cudaGetLastError();
+    return -1;
+}
+
 int probe() {
     cudaFuncAttributes attributes;
     const cudaError_t error =

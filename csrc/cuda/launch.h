@@ -12,6 +12,7 @@ int reparameterize_backward(const ReparameterizeParams&, void* stream);
 int rescale(const RescaleParams&, void* stream);
 // Whether the current device and driver can run these kernels at all.
 int probe();
+int current_device();  // or -1
 const char* error_string(int error);
 
 }  // namespace fastgen::cuda

@@ -52,6 +52,7 @@ def reparameterize(
         and mean is not None and logvar is not None
         and (seed is None) != (noise is None) and (noise is not None or step is not None)
         and kernel.is_quick(seed, step, out)
+        and not (return_kl and getattr(mean, "is_cuda", False))
     ):  # fmt: skip
         kl = None
         if return_kl and isinstance(mean, Tensor) and mean.ndim > 0:
@@ -65,7 +66,7 @@ def reparameterize(
                 torch.autograd.graph.increment_version(out)
             elif wants_gradient(mean, logvar, noise):
                 z, kl = _Recorded.apply(mean, logvar, noise, seed, None, step or 0, *_NO_CLAMP,
-                                        "cpu", (z, kl))  # fmt: skip
+                                        z.device.type, (z, kl))  # fmt: skip
             return z if kl is None else (z, kl)
     checks.tensor("mean", mean)
     checks.like("logvar", logvar, "mean", mean)
