@@ -132,7 +132,9 @@ def diffusers(device: torch.device, dry: bool) -> dict:
 
     from fastgen.integrations import diffusers as fast
 
-    def begun(name: str, where: torch.device, noise: str = "fastgen", compat: str = ""):
+    def begun(
+        name: str, where: torch.device, noise: str = "fastgen", compat: str = "", whole=False
+    ):  # whole: told where it begins, which a compiled loop cannot look for
         original = getattr(theirs, name)()
         made = original
         if noise != "diffusers":
@@ -140,6 +142,8 @@ def diffusers(device: torch.device, dry: bool) -> dict:
         made.set_timesteps(STEPS, device=where, **GRIDS.get(name, {}))
         if hasattr(made, "set_sigmas"):
             made.set_sigmas(STEPS)
+        if whole and hasattr(made, "set_begin_index"):
+            made.set_begin_index(0)
         return made
 
     def loop(made, x, generator=None):
@@ -169,10 +173,12 @@ def diffusers(device: torch.device, dry: bool) -> dict:
             for noise in ("torch", "diffusers"):
                 on_device = torch.Generator(device).manual_seed(3)
                 made = begun(name, device, noise, compat="diffusers")
-                with without_waiting(dry or noise == "diffusers"):
+                # UnCLIP's last step is diffusers' own there
+                with without_waiting(dry or noise == "diffusers" or name == "UnCLIPScheduler"):
                     ends.append(loop(made, x, on_device))
             error = float((ends[0] - ends[1]).abs().max() / ends[1].abs().max())
-            if not error < 1e-4:
+            # 1e-3: a rounding over the root of the first alpha_bar, 2.4e-9, is 1.2e-3
+            if not error < (1e-3 if name == "UnCLIPScheduler" else 1e-4):
                 raise AssertionError(f"differs from diffusers' by {error:.3g} of the largest value")
         if not dry:
             with attempt(f"{name}, in a graph"):
@@ -184,7 +190,7 @@ def diffusers(device: torch.device, dry: bool) -> dict:
             torch._dynamo.reset()
             run = torch.compile(lambda x, made: loop(made, x), fullgraph=True)
             torch.manual_seed(0)
-            actual = run(x, begun(name, device, "torch"))
+            actual = run(x, begun(name, device, "torch", whole=True))
             torch.manual_seed(0)
             attempt.parity(f"{name}, compiled", actual, loop(begun(name, device, "torch"), x).cpu())
     times = {} if dry else loop_times(begun, device)

@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import logging
+import math
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -112,6 +113,7 @@ class _Fast:
     _noise, _compat = "torch", ""
     _rows: Any = None  # of the run, a list once its first step is taken
     _times: list[float] | None = None  # the timesteps, where they are on a device
+    _read: tuple[Tensor, int, list[float]] | None = None  # sigmas of a device
     _levels_of: Tensor | None = None
     _host_levels: list[float] = []  # noqa: RUF012
     _fresh: dict[str, Any]  # what set_timesteps left
@@ -198,17 +200,30 @@ class _Fast:
 
     def _state(self) -> dict[str, Any]:
         """All that rows are made from, in copies."""
-        apart = {*_OF_A_RUN, "_fresh", "_last", "_levels_of", "_host_levels",
+        apart = {*_OF_A_RUN, "_fresh", "_last", "_levels_of", "_host_levels", "_read",
                  "is_scale_input_called"}  # fmt: skip
         if self._times is not None:
             apart.add("timesteps")
-        return {name: _copied(value) for name, value in vars(self).items() if name not in apart}
+        state = {name: _copied(value) for name, value in vars(self).items() if name not in apart}
+        if isinstance(state.get("sigmas"), Tensor) and not self.sigmas.is_cpu:
+            state["sigmas"] = self._host_sigmas
+        return state
+
+    @property
+    def _host_sigmas(self) -> list[float]:
+        """The sigmas on the host; those on a device are read once."""
+        sigmas = self.sigmas
+        if sigmas.is_cpu:
+            return sigmas.tolist()
+        version = 0 if sigmas.is_inference() else sigmas._version
+        if self._read is None or self._read[0] is not sigmas or self._read[1] != version:
+            self._read = sigmas, version, sigmas.tolist()
+        return self._read[2]
 
     def _built_anew(self, start: int) -> list[Row] | None:
         if self._leaves():
             return None
-        sigmas = getattr(self, "sigmas", None)
-        if sigmas is not None and bool(sigmas.isnan().any()):
+        if getattr(self, "sigmas", None) is not None and any(map(math.isnan, self._host_sigmas)):
             raise ValueError("sigmas: got NaN, expected finite numbers")
         try:
             rows = self._rows_of(*self._usual)

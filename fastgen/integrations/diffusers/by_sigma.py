@@ -67,7 +67,7 @@ class _BySigma(_Fast):
     @property
     def _run(self) -> list[float]:
         """The sigmas of the run, from where it began."""
-        return self.sigmas[self._start :].tolist()
+        return self._host_sigmas[self._start :]
 
     def _exploding(self, sigmas: Sequence[float]) -> NoiseLevels:
         """Levels of x = x_0 + sigma eps, whose network sees x / sqrt(sigma^2 + 1)."""

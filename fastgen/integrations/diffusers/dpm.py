@@ -110,7 +110,7 @@ class DPMSolverMultistepInverseScheduler(_Given, diffusers.DPMSolverMultistepInv
     @property
     def _run(self) -> list[float]:
         """There are fewer timesteps than sigmas where some repeat."""
-        return self.sigmas[self._start : len(self.timesteps) + 1].tolist()
+        return self._host_sigmas[self._start : len(self.timesteps) + 1]
 
     def _leaves(self) -> bool:
         return super()._leaves() or self._sde
