@@ -260,7 +260,9 @@ class StepCall {
             bool read = false;
             for (const auto& weights : row.weights) read |= weights[kFirstHistory + k] != 0.0f;
             PyObject* slot = PyList_GET_ITEM(history, k);
-            if (read && slot != Py_None && !add(p.history[k], slot)) return false;
+            if (!read || slot == Py_None) continue;
+            held_[k] = py::reinterpret_borrow<py::object>(slot);  // others may change the list
+            if (!add(p.history[k], slot)) return false;
         }
         return true;
     }
@@ -312,6 +314,7 @@ class StepCall {
     static constexpr int kRoom = 3 + kNoises + kHistory + kOutputs;
     bool grad_;
     int count_ = 0, given_ = 0;
+    py::object held_[kHistory];
     View views_[kRoom];
     Tensor* slots_[kRoom];
 };

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -232,6 +234,84 @@ def test_rows_are_made_anew_where_anything_changed(change):
         change(made)
         ends.append(loop(made, x, made.timesteps[made.begin_index or 0 :]))
     assert_bitwise(*ends)
+
+
+@pytest.mark.parametrize("name", [
+    "UniPCMultistepScheduler", "HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler",
+    "LCMScheduler", "TCDScheduler",
+])  # fmt: skip
+def test_timesteps_that_were_cut_are_stepped_as_diffusers_does(name):
+    x, ends = torch.linspace(-1, 1, 48).view(1, 3, 4, 4), []
+    for made in (getattr(fast, name)(), getattr(diffusers, name)()):
+        made.set_timesteps(6)
+        made.timesteps = made.timesteps[:-2]
+        torch.manual_seed(0)
+        ends.append(loop(made, x, made.timesteps))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s.alphas_cumprod.mul_(0.5),
+    lambda s: s.register_to_config(prediction_type="v_prediction"),
+], ids=["levels in place", "config"])  # fmt: skip
+def test_a_later_run_sees_what_changed(change):
+    x, ends = torch.linspace(-1, 1, 48).view(1, 3, 4, 4), []
+    for made in (fast.DDIMScheduler(), diffusers.DDIMScheduler()):
+        made.set_timesteps(5)
+        loop(made, x, made.timesteps)
+        change(made)
+        made.set_timesteps(5)
+        ends.append(loop(made, x, made.timesteps))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "HeunDiscreteScheduler"])
+def test_an_option_of_other_classes_is_not_read(name, option):
+    if option in inspect.signature(getattr(diffusers, name).__init__).parameters:
+        pytest.skip("an option of this class")
+    x, ends = torch.full((2, 8), 3.0), []
+    config = dict(getattr(diffusers, name)().config, **{option: True})
+    for module in (fast, diffusers):
+        made = getattr(module, name).from_config(config)
+        made.set_timesteps(5)
+        ends.append(loop(made, x, made.timesteps))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_noise_has_the_dtype_that_diffusers_draws(name):
+    x, ends = torch.ones(2, 8).double(), []
+    for module in (fast, diffusers):
+        made, generator = getattr(module, name)(), torch.Generator().manual_seed(0)
+        made.set_timesteps(4)
+        y = made.step(x.float(), made.timesteps[0], x, generator=generator).prev_sample
+        ends.append((y, torch.rand(1, generator=generator)))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)  # of levels in float32
+
+
+THREADS = """
+import threading, time, torch
+from fastgen.integrations import diffusers as fast
+made, x, end = fast.UniPCMultistepScheduler(), torch.randn(1, 4, 256, 32), time.monotonic() + 3.0
+made.set_timesteps(20)
+def work():
+    while time.monotonic() < end:
+        if made._step_index is None or made._step_index >= 18:
+            made._step_index = 5
+        try:
+            made.step(x, made.timesteps[7], x)
+        except (TypeError, ValueError, IndexError, AttributeError):
+            pass  # a state that is another thread's
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_threads_that_share_a_run_by_mistake_do_not_crash():
+    assert subprocess.run([sys.executable, "-c", THREADS], capture_output=True).returncode == 0
 
 
 def test_threads_share_the_numbers():

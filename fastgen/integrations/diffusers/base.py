@@ -152,6 +152,12 @@ class _Fast:
         new._noise, new._compat = noise, compat
         return made
 
+    def register_to_config(self, **options: Any) -> None:
+        """As diffusers'; the rows of another configuration are no longer this one's."""
+        inherited: Any = super()
+        inherited.register_to_config(**options)
+        self._forget()
+
     def new_loop(self) -> Any:
         """A scheduler of the same timesteps for a run of its own, as ``set_timesteps`` left this
         one: the numbers are shared, the state of the run is not. For threads, a scheduler each.
@@ -193,6 +199,8 @@ class _Fast:
         if last is None or last[0] != start or not _alike(last[1], state):
             self._start, self._variants, self._steps, self._tables = start, {}, {}, {}
             rows = self._built_anew(start)
+            if rows is None:
+                self._variants, self._steps = {}, {}  # of which some may be there
             made = {name: vars(self)[name] for name in _MADE if name in vars(self)}
             holder.run = last = start, state, rows, made
         vars(self).update(last[3])
@@ -230,7 +238,7 @@ class _Fast:
             if self._counts and len(rows) != self._calls - start:
                 raise ValueError("timesteps that repeat")
             return rows
-        except ValueError as error:
+        except (ValueError, IndexError, ZeroDivisionError) as error:
             logger.info("%s: step is diffusers' own: %s", type(self).__name__, error)
             return None
 
@@ -268,22 +276,27 @@ class _Fast:
     @property
     def _alpha_bars(self) -> list[float]:
         """alphas_cumprod on the host, which add_noise moves to its device."""
-        if self._levels_of is not self.alphas_cumprod and self.alphas_cumprod.is_cpu:
-            self._levels_of, self._host_levels = self.alphas_cumprod, self.alphas_cumprod.tolist()
-        return self._host_levels or self.alphas_cumprod.tolist()
+        levels = self.alphas_cumprod
+        if levels.is_cpu and (self._levels_of is None or not _alike(self._levels_of, levels)):
+            self._levels_of, self._host_levels = levels.clone(), levels.tolist()
+        return self._host_levels or levels.tolist()
 
     def _leaves(self) -> bool:
         """Whether this configuration is diffusers' own to step."""
-        config = self.config
-        return getattr(config, "thresholding", False) and config.sample_max_value < 1.0
+        return self._option("thresholding") and self.config.sample_max_value < 1.0
 
     @property
     def _clips(self) -> Clip:
         config = self.config
-        if getattr(config, "thresholding", False):
+        if self._option("thresholding"):
             return Threshold(config.dynamic_thresholding_ratio, config.sample_max_value)
-        clipped = getattr(config, "clip_sample", False)
-        return float(getattr(config, "clip_sample_range", 1.0)) if clipped else None
+        if not self._option("clip_sample"):
+            return None
+        return float(self._option("clip_sample_range", 1.0))
+
+    def _option(self, name: str, default: Any = False) -> Any:
+        """Of the configuration, where the class has such an option: others are not read."""
+        return getattr(self.config, name, default) if name in self._options else default
 
     @property
     def _prediction(self) -> str:
@@ -390,6 +403,7 @@ class _Fast:
     _casts = ""  # "output" or "sample": whose dtype diffusers gives its result, else both promoted
     _keeps = True  # whether rows read former results
     _counts = True  # whether diffusers counts the steps
+    _options: frozenset[str] = frozenset()  # what its configuration may say
     _unread = -1  # 0 where diffusers draws no noise that a row does not take
     _strict = 0  # _WANTS_FLOAT, _WANTS_SCALED, _DRAWS_WIDE
     _rule = 0  # all of it as one number
@@ -482,6 +496,7 @@ def _register(cls: Any) -> Any:
             self._begin()
 
     cls.set_timesteps = set_timesteps
+    cls._options = frozenset(inspect.signature(base.__init__).parameters)
     cls._rule = (_WHOSE[cls._casts] + cls._upcasts * _SHOWN_WIDE + cls._keeps * _KEEPS
                  + cls._strict + (not cls._counts) * _BY_TIMESTEP)  # fmt: skip
     name = "step" if hasattr(base, "step") else "step_pred"

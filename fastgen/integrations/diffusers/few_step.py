@@ -51,8 +51,12 @@ class LCMScheduler(_Drawing, diffusers.LCMScheduler):
             rows.append(_showing(row, shown))
         return rows
 
+    def _leaves(self) -> bool:
+        return super()._leaves() or len(self.timesteps) != self.num_inference_steps
+
     def _noise_at(self, index, row, output, sample, generator):
-        return self._normals(row, output, generator, None, row.noises > 0)
+        both = torch.promote_types(sample.dtype, output.dtype)
+        return self._normals(row, output, generator, None, row.noises > 0, both)
 
 
 @_register
@@ -60,6 +64,9 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
     _output = _schedulers.scheduling_tcd.TCDSchedulerOutput
     _keeps = False
     _usual = (0.3,)
+
+    def _leaves(self) -> bool:
+        return super()._leaves() or len(self.timesteps) != self.num_inference_steps
 
     def _build(self, eta: float) -> list[Row]:
         grid, table = self._host_timesteps[self._start :], self._alpha_bars
@@ -90,7 +97,8 @@ class TCDScheduler(_BySigma, diffusers.TCDScheduler):
             return super().step(model_output, timestep, sample, eta, generator, return_dict)
         row = self._rows_of(float(eta))[index]
         draws = eta > 0 and index + 1 < len(self._rows)
-        noise = self._normals(row, model_output, generator, None, draws)
+        both = torch.promote_types(sample.dtype, model_output.dtype)
+        noise = self._normals(row, model_output, generator, None, draws, both)
         return self._stepped(index, row, sample, model_output, noise, return_dict)
 
 
