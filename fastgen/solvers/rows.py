@@ -21,7 +21,11 @@ def levels_of(
         if steps is not None and steps != len(levels):
             raise ValueError(f"steps: got {steps}, but the levels given have {len(levels)}")
         return levels
-    checks.instance("levels", levels, NoiseSchedule)
+    if not isinstance(levels, NoiseSchedule):
+        raise TypeError(
+            f"levels: got {type(levels).__name__}, expected a fastgen.NoiseSchedule and steps, or "
+            "levels, as denoiser_levels(sigmas), edm_levels(sigmas) and flow_levels(sigmas) make"
+        )
     return levels.levels(checks.integer("steps", steps, 1), prediction=prediction, spacing=spacing)
 
 
