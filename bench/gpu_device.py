@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 
 import torch
@@ -9,6 +10,7 @@ import torch
 import fastgen
 from fastgen import Output, Row
 from fastgen.bench.gpu_parts import Parity, made, row_of_everything
+from fastgen.bench.variants import captured
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 GPU_BACKENDS = ("cuda", "triton")
@@ -82,14 +84,8 @@ def graphs(device: torch.device, dry: bool) -> dict:
         rows, seed = table.to(device), seeds[0].to(device)
         index = torch.zeros(1, dtype=torch.int64, device=device)
         outs = [torch.empty(shape, device=device) for _ in range(2)]
-        warm = torch.cuda.Stream()
-        warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):
-            call(rows, *static, seed, index, backend, outs)
-        torch.cuda.current_stream().wait_stream(warm)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call(rows, *static, seed, index, backend, outs)
+        arguments = rows, *static, seed, index, backend, outs
+        graph, _ = captured(functools.partial(call, *arguments))
         for turn in (0, 1, 0):
             for ours, new in zip(static, inputs[turn], strict=True):
                 ours.copy_(new)

@@ -18,6 +18,7 @@ import fastgen
 from fastgen import NoiseSchedule, solvers
 from fastgen.bench import solver_errors
 from fastgen.bench.gpu_parts import ROOT, Parity
+from fastgen.bench.variants import captured
 
 SHAPE = (3, 4, 16, 16)
 STEPS = 6
@@ -39,19 +40,6 @@ def without_waiting(dry: bool) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of a call, and its results."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
 
 
 class Attempts:
@@ -101,16 +89,13 @@ def samplers(device: torch.device, dry: bool) -> dict:
             x = first * plan.initial_scale
             expected = fastgen.sample(network, plan, x=x, seed=seeds)
             x, key = x.to(device), torch.tensor(seeds, device=device)
-            fastgen.sample(network, plan, x=x, seed=key)  # its times are on the device now
+            run = functools.partial(fastgen.sample, network, plan, x=x, seed=key)
+            run()  # the plan's times are on the device now
             with without_waiting(dry):
-                actual = fastgen.sample(network, plan, x=x, seed=key)
+                actual = run()
             attempt.parity(name, actual, expected)
             if dry:
                 continue
-
-            def run(plan=plan, x=x, key=key):
-                return fastgen.sample(network, plan, x=x, seed=key)
-
             graph, result = captured(run)
             for again in (first * 0.5, first):
                 x.copy_(again)
@@ -133,12 +118,15 @@ def diffusers(device: torch.device, dry: bool) -> dict:
     from fastgen.integrations import diffusers as fast
 
     def begun(
-        name: str, where: torch.device, noise: str = "fastgen", compat: str = "", whole=False
+        name: str,
+        where: torch.device,
+        noise: str = "fastgen",
+        compat: str = "",
+        whole: bool = False,
     ):  # whole: told where it begins, which a compiled loop cannot look for
-        original = getattr(theirs, name)()
-        made = original
+        made = getattr(theirs, name)()
         if noise != "diffusers":
-            made = fast.convert(original, noise=noise, compat=compat)
+            made = fast.convert(made, noise=noise, compat=compat)
         made.set_timesteps(STEPS, device=where, **GRIDS.get(name, {}))
         if hasattr(made, "set_sigmas"):
             made.set_sigmas(STEPS)

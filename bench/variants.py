@@ -42,18 +42,25 @@ def compiled(function: Run, device) -> dict[str, Run]:
     return found
 
 
+def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of a call, which runs once before it, and the results that it writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
 class Replay:
     """One CUDA graph of a call on each set of inputs; called on the first set, all are run."""
 
     def __init__(self, run: Run, inputs: Sequence[tuple]) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run(*inputs[0])
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph, self.first = torch.cuda.CUDAGraph(), inputs[0]
-        with torch.cuda.graph(self.graph):
-            self.results = [run(*given) for given in inputs]
+        self.first = inputs[0]
+        self.graph, self.results = captured(lambda: [run(*given) for given in inputs])
 
     def __call__(self, *given: Any) -> Any:
         if given[0] is self.first[0]:
