@@ -177,10 +177,15 @@ def _keeping(loop, known, mask, seed, sample_ids) -> Callable[[int], Tensor]:
         noised = _noised(known, loop.x.dtype, loop.plan, index, seed, sample_ids)
         if mask.dtype == torch.bool:
             return torch.where(mask, loop.x, noised)
-        share = mask.to(loop.x.dtype)
-        return torch.where(share == 1, loop.x, noised + share * (loop.x - noised))
+        return blend(noised, loop.x, mask.to(loop.x.dtype))
 
     return keep
+
+
+def blend(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """start + share (end - start), each operation rounded as it is on any device; where share is 1,
+    end to the bit."""
+    return torch.where(share == 1, end, start + share * (end - start))
 
 
 def _both(uncond: Any, cond: Any, batch: int) -> Any:

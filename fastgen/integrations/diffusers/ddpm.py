@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import checks
 from ...plan import Output, Row
+from ...sampling import blend
 from ...solvers.ddim import ddim_row
 from ...solvers.ddpm import ddpm_row
 from .base import _constant, _estimate, _register, _schedulers, _showing
@@ -214,5 +215,5 @@ class RePaintScheduler(_Counted, diffusers.RePaintScheduler):
         known: Any = self._kept[1]
         self._kept = [None] * 7
         dtype = torch.promote_types(torch.promote_types(made.dtype, mask.dtype), image.dtype)
-        made = torch.lerp(made.to(known.dtype), known, mask.to(known.dtype)).to(dtype)
+        made = blend(made.to(known.dtype), known, mask.to(known.dtype)).to(dtype)
         return self._output(made, shown) if return_dict else (made, shown)
