@@ -89,8 +89,7 @@ class NoiseLevels:
             raise ValueError("points: got none, expected at least one")
         if any(math.isnan(r) or r < 0.0 for r in ratios) or math.inf in ratios[1:]:
             raise ValueError(f"sigmas: expected finite numbers that are not negative, got {ratios}")
-        if not all(a > b for a, b in itertools.pairwise(ratios)):
-            raise ValueError(f"sigmas: expected noise levels that fall, got {ratios}")
+        _falling("sigma / alpha", ratios)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -100,6 +99,9 @@ class NoiseLevels:
         if not isinstance(steps, slice) or steps.step not in (None, 1):
             raise TypeError(f"levels: got [{steps}], expected a slice without a step; see .points")
         first, last, _ = steps.indices(len(self))
+        if first >= last:
+            raise ValueError(f"levels: got [{_or(steps.start)}:{_or(steps.stop)}], which leaves no "
+                             f"step of {len(self)}")  # fmt: skip
         end = self.end if last == len(self) else self.points[last]
         scale = self.points[first].sigma if 0 < first < last else self.initial_scale
         return replace(self, points=self.points[first:last], end=end, initial_scale=scale)
@@ -114,8 +116,19 @@ class NoiseLevels:
         return list(zip(self.points, (*self.points[1:], self.end), strict=True))
 
 
+def _or(bound: int | None) -> int | str:
+    return "" if bound is None else bound
+
+
+def _falling(name: str, values: list[float]) -> None:
+    for i, (one, next_) in enumerate(itertools.pairwise(values)):
+        if not one > next_:
+            raise ValueError(f"{name}: expected numbers that fall from noise to data, got {one:g} "
+                             f"at {i} and {next_:g} at {i + 1}")  # fmt: skip
+
+
 def numbers(values: Any) -> list[float]:
-    """sigmas, (n + 1,), as floats. Raises TypeError or ValueError for anything else."""
+    """sigmas, (n + 1,), falling, as floats. Raises TypeError or ValueError for anything else."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
     try:
@@ -128,7 +141,9 @@ def numbers(values: Any) -> list[float]:
         raise ValueError("sigmas: expected at least two finite numbers, (n + 1,)")
     if (array < 0.0).any() or (array[:-1] == 0.0).any():
         raise ValueError("sigmas: expected numbers that are not negative, zero only at the end")
-    return array.tolist()
+    levels = array.tolist()
+    _falling("sigmas", levels)
+    return levels
 
 
 def _above_zero(name: str, value: float) -> float:

@@ -744,8 +744,13 @@ def test_strides_do_not_matter(name):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"VQDiffusionScheduler has no counterpart.*DDIMScheduler"):
+    with pytest.raises(ValueError, match=r"VQDiffusionScheduler has no counterpart.*DDIM,"):
         fast.convert(diffusers.VQDiffusionScheduler(num_vec_classes=4))
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,))
+    with pytest.raises(ValueError, match=r"compat: .*an autoencoder does not take"):
+        fast.convert(vae, compat="diffusers")
+    with pytest.raises(ValueError, match=r"noise: .*a guider does not take"):
+        fast.convert(diffusers.ClassifierFreeGuidance(), noise="torch")
     with pytest.raises(TypeError, match="expected a scheduler, a pipeline"):
         fast.convert(3)
     with pytest.raises(ValueError, match="noise: got 'cuda'"):

@@ -69,12 +69,15 @@ def ticks_of(plan: Plan, seed: object) -> list[int]:
         raise ValueError("seed: got None, but the Brownian path is drawn from it")
     levels = [plan.level(index) for index in range(len(plan) + 1)]
     times = [round(sigma / (alpha + sigma) * _TICKS) for alpha, sigma in levels]
+    solver = plan.solver or "the plan"
     for index, row in enumerate(plan.rows):
-        if row.noises > 1 or (row.noises and times[index] <= times[index + 1]):
-            raise ValueError(
-                f"brownian: rows[{index}] of {plan.solver or 'the plan'} does not go down a noise "
-                "level with one normal an element"
-            )
+        if row.noises > 1:
+            raise ValueError(f"brownian: {solver} takes {row.noises} normals an element at rows"
+                             f"[{index}], where a path gives one")  # fmt: skip
+        if row.noises and times[index] <= times[index + 1]:
+            raise ValueError(f"brownian: {solver} adds noise at rows[{index}] without a fall of "
+                             "the noise level (churn, a return, a stage below its step's end), "
+                             "which no path has")  # fmt: skip
     return times
 
 

@@ -9,7 +9,7 @@ from ..levels import NoiseLevels
 from ..plan import Plan
 from ..schedules import NoiseSchedule
 from .euler import _numbers
-from .rows import Clip, Rows, levels_of
+from .rows import Clip, Rows, check_schedule, levels_of
 
 
 def lcm(
@@ -83,7 +83,7 @@ def tcd(
 
     eta: gamma, 0 deterministic, 1 all noise. The rest as for ``ddpm``.
     """
-    checks.instance("schedule", schedule, NoiseSchedule)
+    check_schedule(schedule, "tcd", "lcm or euler_ancestral")
     if not 0.0 <= checks.number("eta", eta) <= 1.0:
         raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
     levels = schedule.levels(steps, prediction=prediction, spacing=spacing)

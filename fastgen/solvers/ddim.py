@@ -9,6 +9,7 @@ from ..cache import cached_constant
 from ..plan import Clip, Output, Plan, Row, clip_bounds
 from ..schedules import NoiseSchedule
 from .prediction import denoised, epsilon, folded
+from .rows import check_schedule
 
 
 @cached_constant
@@ -82,7 +83,7 @@ def ddim(
     the guided output, for a guidance_scale between 0 and 1, and epsilon from the unconditional one
     alone, which every step must then be given. The rest as for ``ddpm``.
     """
-    checks.instance("schedule", schedule, NoiseSchedule)
+    check_schedule(schedule, "ddim", "euler, or euler_ancestral for eta > 0,")
     rows = [
         ddim_row(a_t, a_s, prediction, clip, eta, use_clipped_model_output, float(t), cfgpp)
         for t, a_t, a_s in schedule.pairs(steps, spacing)

@@ -9,6 +9,7 @@ from ..cache import cached_constant
 from ..plan import Clip, Output, Plan, Row, clip_bounds
 from ..schedules import NoiseSchedule
 from .prediction import denoised, folded
+from .rows import check_schedule
 
 VARIANCES = ("fixed_small", "fixed_large", "learned")
 
@@ -70,7 +71,7 @@ def ddpm(
     Raises ValueError or TypeError for what does not fit.
     """
     checks.one_of("variance", variance, VARIANCES[:2])
-    checks.instance("schedule", schedule, NoiseSchedule)
+    check_schedule(schedule, "ddpm", "euler_ancestral")
     rows = [
         ddpm_row(a_t, a_s, prediction, clip, variance, float(t))
         for t, a_t, a_s in schedule.pairs(steps, spacing)

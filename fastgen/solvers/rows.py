@@ -20,6 +20,11 @@ def levels_of(
     if isinstance(levels, NoiseLevels):
         if steps is not None and steps != len(levels):
             raise ValueError(f"steps: got {steps}, but the levels given have {len(levels)}")
+        for name, given, usual in (("prediction", prediction, "epsilon"),
+                                   ("spacing", spacing, "trailing")):  # fmt: skip
+            if given != usual:
+                raise ValueError(f"{name}: got {given!r}, but levels have theirs; give it to what "
+                                 "makes them")  # fmt: skip
         return levels
     if not isinstance(levels, NoiseSchedule):
         raise TypeError(
@@ -27,6 +32,14 @@ def levels_of(
             "levels, as denoiser_levels(sigmas), edm_levels(sigmas) and flow_levels(sigmas) make"
         )
     return levels.levels(checks.integer("steps", steps, 1), prediction=prediction, spacing=spacing)
+
+
+def check_schedule(schedule: object, solver: str, alike: str) -> None:
+    """Of a solver whose formula has a schedule's timesteps; alike: a solver of levels."""
+    if isinstance(schedule, NoiseLevels):
+        raise TypeError("schedule: got NoiseLevels, expected a fastgen.NoiseSchedule and steps; "
+                        f"of levels, {alike} instead of {solver}")  # fmt: skip
+    checks.instance("schedule", schedule, NoiseSchedule)
 
 
 def combined(*terms: tuple[float, Weights]) -> dict[str, float]:

@@ -159,8 +159,10 @@ class UNet(nn.Module):
             nn.GroupNorm(8, width), nn.SiLU(), _zeroed(nn.Conv2d(width, 4, 3, padding=1))
         )
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """x (B, 1, 16, 16) float32, t (B,) timesteps 0...999, cond (B,) labels -> v, like x"""
+    def forward(self, x: Tensor, t: Tensor | int, cond: Tensor) -> Tensor:
+        """x (B, 1, 16, 16) float32, t (B,) timesteps 0...999, or one for all, cond (B,) labels
+        -> v, like x"""
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
         embedding = F.silu(self.time(_sinusoids(t, self.width)) + self.label(cond))
         at8 = self.enter8(self.stem(F.pixel_unshuffle(x, 2)), embedding)
         at4 = self.enter4(self.down4(at8), embedding)

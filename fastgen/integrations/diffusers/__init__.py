@@ -86,14 +86,16 @@ def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> A
     ``from_config``; what is converted again keeps them. What was done to a scheduler is logged
     ("fastgen", INFO).
 
-    Raises ValueError for a scheduler or guider that has none, with the names of those that have;
-    TypeError for what is none of these.
+    Raises ValueError for a scheduler or guider that has none, with the names of those that have,
+    and for an option that is not of what is given; TypeError for what is none of these.
     """
     if isinstance(x, torch.nn.Module) and hasattr(x, "encode"):
         from . import autoencoders
 
+        _refuse("an autoencoder", compat=compat)
         return autoencoders.convert(x, noise=noise)
     if isinstance(x, diffusers.BaseGuidance):
+        _refuse("a guider", noise=noise, compat=compat)
         return guiders.convert(x)
     if not isinstance(x, diffusers.SchedulerMixin):
         if not hasattr(x, "scheduler"):
@@ -105,12 +107,19 @@ def convert(x: Any, *, noise: str | None = None, compat: str | None = None) -> A
         return x
     name = type(x).__name__
     if name not in _CLASSES:
-        raise ValueError(f"x: {name} has no counterpart here; these have: {', '.join(_CLASSES)}")
+        names = ", ".join(sorted(known.removesuffix("Scheduler") for known in _CLASSES))
+        raise ValueError(f"x: {name} has no counterpart here; these schedulers have: {names}")
     noise = getattr(x, "_noise", "torch") if noise is None else noise
     compat = getattr(x, "_compat", "") if compat is None else compat
     made = _CLASSES[name].from_config(x.config, noise=noise, compat=compat)
     logger.info("%s: step is fastgen's, with noise from %s", name, noise)
     return made
+
+
+def _refuse(what: str, **options: str | None) -> None:
+    for name, given in options.items():
+        if given is not None:
+            raise ValueError(f"{name}: got {given!r}, which {what} does not take")
 
 
 __all__ = [
