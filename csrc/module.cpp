@@ -1,5 +1,5 @@
-// The Python bindings: arguments in, a params struct out to a kernel. With call.h, quick.cpp
-// and view.h the only files that know Python; nothing of torch is compiled in.
+// The Python bindings: arguments in, a params struct out to a kernel. With call.h, quick.cpp,
+// scheduler.cpp and view.h the only files that know Python; nothing of torch is compiled in.
 #include <pybind11/pybind11.h>
 
 #include <string>

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -27,15 +26,16 @@ from ... import backends
 from ...levels import Point
 from ...ops import kernel
 from ...plan import Clip, Output, Row, Threshold
+from .reuse import Last, Run, alike, copied, own
 
 _schedulers = diffusers.schedulers
 logger = logging.getLogger("fastgen")
 NOISES = ("torch", "fastgen")
 NO_NOISE: tuple = ((), None, 0)  # normals, seed, sample ids
 SHOWN = 6  # the slot of what is shown beside the sample: the estimate of x_0
-# What the compiled module is told of a class, as csrc/quick.cpp numbers it: whose dtype the next
-# sample has, by _casts; that what is shown is float32; that rows read former results; that an index
-# is no timestep, that the sample must have been scaled; that rows are found by timestep.
+# What the compiled module is told of a class, as csrc/scheduler.cpp numbers it: whose dtype the
+# next sample has, by _casts; that what is shown is float32; that rows read former results; that an
+# index is no timestep, that the sample must have been scaled; that rows are found by timestep.
 _WHOSE = {"sample": 3, "output": 4, "": 5}
 _SHOWN_WIDE, _KEEPS, _WANTS_FLOAT, _WANTS_SCALED, _BY_TIMESTEP = 8, 16, 32, 64, 128
 _DRAWS_WIDE = 256
@@ -45,12 +45,6 @@ _OF_A_RUN = ("_rows", "_left", "_start", "_variants", "_steps", "_tables", "_pla
              "_kept", "_seeds")  # fmt: skip
 _MADE = ("_variants", "_steps", "_tables", "_grid")
 _CLASSES: dict[str, Any] = {}
-
-
-class _Last:
-    """The rows of the last run, and what they were made from: new timesteps are often the same."""
-
-    run: tuple[int, dict[str, Any], list[Row] | None, dict[str, Any]] | None = None
 
 
 def _is_whole(timestep: Any) -> bool:
@@ -168,7 +162,7 @@ class _Fast:
         new = _revived(type(self).__name__)
         made = vars(self) if self._rows is not None and self._start == 0 else {}
         state = {name: value for name, value in made.items() if name not in self._fresh}
-        vars(new).update({name: _own(value) for name, value in self._fresh.items()} | state)
+        vars(new).update({name: own(value) for name, value in self._fresh.items()} | state)
         new._fresh, new._rows = self._fresh, made.get("_rows")
         new._kept, new._seeds = [None] * 7, None
         return new
@@ -194,17 +188,17 @@ class _Fast:
     def _built(self, start: int) -> list[Row] | None:
         """The rows of a run from a step on; None where it is diffusers' own, as levels are that are
         no ladder down to data. Those of the last run where it was no other."""
-        holder = vars(self).setdefault("_last", _Last())
+        holder = vars(self).setdefault("_last", Last())
         state, last = self._state(), holder.run
-        if last is None or last[0] != start or not _alike(last[1], state):
+        if last is None or last.start != start or not alike(last.state, state):
             self._start, self._variants, self._steps, self._tables = start, {}, {}, {}
             rows = self._built_anew(start)
             if rows is None:
                 self._variants, self._steps = {}, {}  # of which some may be there
             made = {name: vars(self)[name] for name in _MADE if name in vars(self)}
-            holder.run = last = start, state, rows, made
-        vars(self).update(last[3])
-        return last[2]
+            holder.run = last = Run(start, state, rows, made)
+        vars(self).update(last.made)
+        return last.rows
 
     def _state(self) -> dict[str, Any]:
         """All that rows are made from, in copies."""
@@ -212,7 +206,7 @@ class _Fast:
                  "is_scale_input_called"}  # fmt: skip
         if self._times is not None:
             apart.add("timesteps")
-        state = {name: _copied(value) for name, value in vars(self).items() if name not in apart}
+        state = {name: copied(value) for name, value in vars(self).items() if name not in apart}
         if isinstance(state.get("sigmas"), Tensor) and not self.sigmas.is_cpu:
             state["sigmas"] = self._host_sigmas
         return state
@@ -277,7 +271,7 @@ class _Fast:
     def _alpha_bars(self) -> list[float]:
         """alphas_cumprod on the host, which add_noise moves to its device."""
         levels = self.alphas_cumprod
-        if levels.is_cpu and (self._levels_of is None or not _alike(self._levels_of, levels)):
+        if levels.is_cpu and (self._levels_of is None or not alike(self._levels_of, levels)):
             self._levels_of, self._host_levels = levels.clone(), levels.tolist()
         return self._host_levels or levels.tolist()
 
@@ -437,39 +431,6 @@ def _made(cls: Any, *values: Any) -> Any:
     return made
 
 
-def _own(value: Any) -> Any:
-    """A container of its own with the same contents."""
-    return type(value)(value) if type(value) in (list, dict) else value
-
-
-def _copied(value: Any) -> Any:
-    """Of what changes in place, a copy; not of images."""
-    small = isinstance(value, Tensor) and value.is_cpu and value.numel() <= 1 << 12
-    return value.clone() if small else _own(value)
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two values are the same, as far as that is known without a wait."""
-    if one is other:
-        return True
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Tensor):
-        both = one.is_cpu and other.is_cpu and one.dtype == other.dtype
-        if not both or one.shape != other.shape:
-            return False
-        return torch.equal(one, other) or bool(
-            ((one == other) | (one.isnan() & other.isnan())).all()
-        )
-    if isinstance(one, np.ndarray):
-        return np.array_equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_alike(one[name], other[name]) for name in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    return bool(one == other)
-
-
 def _revived(name: str) -> Any:
     return _CLASSES[name].__new__(_CLASSES[name])
 
@@ -490,8 +451,8 @@ def _register(cls: Any) -> Any:
         # on a device its numbers are read now, where a step would wait for them
         self._times = None if self.timesteps.is_cpu else self.timesteps.tolist()
         self._forget()
-        vars(self).setdefault("_last", _Last())
-        self._fresh = {name: _own(value) for name, value in vars(self).items() if name != "_fresh"}
+        vars(self).setdefault("_last", Last())
+        self._fresh = {name: own(value) for name, value in vars(self).items() if name != "_fresh"}
         if self._times is not None:
             self._begin()
 
