@@ -135,8 +135,8 @@ void run_cuda(int (*launch)(const Params&, void*), const Params& params, void* s
 }
 #endif
 
-// The straight paths, in quick.cpp and scheduler.cpp. Of tensors on a GPU it declines all until it is told that the
-// kernels run there.
+// The straight paths, in quick.cpp and scheduler.cpp. Of tensors on a GPU it declines all until it
+// is told that the kernels run there.
 void serve_gpu(bool serves);
 py::object shapes_of(py::tuple operands, bool grad);
 py::object quick_step(py::handle operands, py::handle noise, py::handle out, py::handle row,

@@ -123,7 +123,7 @@ def _or(bound: int | None) -> int | str:
 def _falling(name: str, values: list[float]) -> None:
     for i, (one, next_) in enumerate(itertools.pairwise(values)):
         if not one > next_:
-            raise ValueError(f"{name}: expected numbers that fall from noise to data, got {one:g} "
+            raise ValueError(f"{name}: expected noise levels that fall, got {one:g} "
                              f"at {i} and {next_:g} at {i + 1}")  # fmt: skip
 
 
