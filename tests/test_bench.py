@@ -183,14 +183,14 @@ OVERHEAD = {  # a call's time over a bare torch.add's at (1, 16, 8), at most
     "ddpm_step": (lambda: fastgen.ddpm_step(X, E, 0.5, 0.6, seed=0, step=1), 8),
     "step": (lambda: fastgen.step(ROW, X, E), 7),
     "step with history": (lambda: fastgen.step(PAST, X, E, history=(U,)), 8),
-    "sample in 20 steps": (lambda: fastgen.sample(lambda x, t, c: x, PLAN, x=X), 160),
+    "sample in 20 steps": (lambda: fastgen.sample(lambda x, t, c: x, PLAN, x=X), 260),
     "cfg_combine": (lambda: fastgen.cfg_combine(X, E, 2.0), 6),
     "combine": (lambda: fastgen.combine([X, E, U], [0.5, 1.0, 2.0]), 13),
     "add_noise": (lambda: fastgen.add_noise(X, 0.5, seed=0, step=1), 8),
     "reparameterize": (lambda: fastgen.reparameterize(X, E, seed=0, step=1), 6),
     "randn": (lambda: fastgen.randn((1, 16, 8), seed=0), 11),
     "gaussian_kl": (lambda: fastgen.gaussian_kl(X, E), 20),
-    "conv_transpose1d": (lambda: fastgen.conv_transpose1d(X, WEIGHT), 40),
+    "conv_transpose1d": (lambda: fastgen.conv_transpose1d(X, WEIGHT), 60),
 }
 PLAN = fastgen.solvers.ddim(fastgen.NoiseSchedule.linear(), 20)
 PAST = fastgen.Row((fastgen.Output({"x": 0.5, "h0": 0.5}),))

@@ -218,7 +218,7 @@ def test_a_run_on_any_levels_is_finite(name, kind):
         (lambda: edm_levels([3.0, 0.0], 0.0), "sigma_data"),
         (lambda: flow_levels([1.0, 0.0], 0.0), "scale"),
         (lambda: flow_levels([2.0, 0.0]), "sigmas"),
-        (lambda: denoiser_levels([1.0, 2.0, 0.0]), "sigmas: .*levels that fall, got 1 at 0 and 2 at 1"),
+        (lambda: denoiser_levels([1.0, 2.0, 0.0]), "levels that fall, got 1 at 0 and 2 at 1"),
         (lambda: VE[3:3], r"levels: got \[3:3\], which leaves no step of"),
         (lambda: VE[50:], r"levels: got \[50:\], which leaves no step of"),
         (lambda: solvers.heun(VE, prediction="v"), "prediction: got 'v', but levels have theirs"),
