@@ -5,6 +5,7 @@
 #include <string>
 
 #include "call.h"
+#include "cpu/phases.h"
 #include "math/philox.h"
 
 namespace fastgen {
@@ -136,50 +137,96 @@ Epilogue read_epilogue(py::handle bias, py::handle scale, py::handle shift, int 
             Activation(activation), float(negative_slope)};
 }
 
-// Dense: weight (depth, rows), input (batch, depth, columns), out (batch, rows, columns).
-void conv_transpose_product(py::handle weight, py::handle input, py::handle out, int64_t batch,
-                            int64_t depth, int64_t rows, int64_t columns, int threads) {
-    if (columns != 1 && columns % 16 != 0)
-        throw py::value_error("columns: one, or a multiple of 16");
-    const ProductParams p{address_of<float>(weight),
-                          address_of<float>(input),
-                          static_cast<float*>(address(out)),
-                          batch,
-                          depth,
-                          rows,
-                          columns};
-    const int64_t products = batch * depth * rows * columns;
-    py::gil_scoped_release release;
-    cpu_kernels().conv_transpose_product(p, products < 4 * kPlainGrain ? 1 : threads);
+constexpr double kProductGrain = 1 << 18;  // multiplications below which a second thread costs more
+
+// geometry: three values, depth first, of each of input, output, kernel, stride, padding, dilation;
+// groups, and the input and output channels of one; whether the output is planar.
+ConvTransposeGeometry read_geometry(py::tuple values) {
+    ConvTransposeGeometry g{};
+    int64_t* fields[] = {g.in_size, g.out_size, g.kernel, g.stride, g.padding, g.dilation};
+    if (values.size() != 22) throw py::value_error("geometry: twenty-two numbers");
+    for (int i = 0; i < 18; ++i) fields[i / 3][i % 3] = as_int(PyTuple_GET_ITEM(values.ptr(), i));
+    g.groups = as_int(PyTuple_GET_ITEM(values.ptr(), 18));
+    g.in_channels = as_int(PyTuple_GET_ITEM(values.ptr(), 19));
+    g.out_channels = as_int(PyTuple_GET_ITEM(values.ptr(), 20));
+    g.planar = as_int(PyTuple_GET_ITEM(values.ptr(), 21));
+    return g;
 }
 
-// columns: (batch, channels, taps, inputs) by `strides` of the first three; out: (B, C, [D, [H,]]
-// W). geometry: three values, depth first, of each of input, output, kernel, stride, padding,
-// dilation.
-void conv_transpose_fold(py::handle columns, py::tuple strides, py::handle out, int64_t batch,
-                         int64_t channels, py::tuple geometry, py::handle bias, py::handle scale,
-                         py::handle shift, int activation, double negative_slope, int threads) {
-    FoldParams p{};
-    p.columns = address_of<float>(columns);
-    p.sample_stride = strides[0].cast<int64_t>();
-    p.channel_stride = strides[1].cast<int64_t>();
-    p.tap_stride = strides[2].cast<int64_t>();
+// (channels, [depth, [height,]] width) behind `outer` dims, as four strides.
+void read_strides(const View& view, int outer, int64_t* stride) {
+    const int missing = 3 + outer - view.ndim;
+    if (missing < 0 || missing > 2) throw py::value_error("three to five dimensions");
+    for (int dim = 0; dim < 3; ++dim)
+        stride[dim] = dim < missing ? 0 : view.stride[outer + dim - missing];
+}
+
+struct ConvTransposeLayout : Phases {
+    ConvTransposeLayout(py::tuple geometry, int dtype)
+        : Phases(phases_of(read_geometry(geometry), dtype == kBFloat16
+                                                        ? *cpu_kernels().multiplier_bf16
+                                                        : *cpu_kernels().multiplier)) {}
+
+    int64_t bytes() const {
+        return geometry.groups * weights * (multiplier->operands == Operands::kFloats ? 4 : 2);
+    }
+};
+
+void conv_transpose_pack(py::handle weight, py::handle packed, const ConvTransposeLayout& layout,
+                         int threads) {
+    PackParams p{};
     View view;
-    read_tensor(p.out, out, view);
-    const int missing = 5 - view.ndim;
-    if (missing < 0 || missing > 2) throw py::value_error("out: three to five dimensions");
-    p.out.batch_stride = view.stride[0];
-    p.out.stride[0] = view.stride[1];
-    for (int dim = missing; dim < 3; ++dim) p.out.stride[1 + dim] = view.stride[2 + dim - missing];
-    p.batch = batch;
-    p.channels = channels;
-    int64_t* groups[] = {p.in_size, p.out_size, p.kernel, p.stride, p.padding, p.dilation};
-    if (geometry.size() != 18) throw py::value_error("geometry: eighteen numbers");
-    for (int i = 0; i < 18; ++i) groups[i / 3][i % 3] = geometry[i].cast<int64_t>();
-    p.epilogue = read_epilogue(bias, scale, shift, activation, negative_slope);
-    const int64_t elements = batch * channels * p.out_size[0] * p.out_size[1] * p.out_size[2];
+    read_tensor(p.weight, weight, view);
+    p.weight.stride[0] = view.stride[0];
+    p.weight.stride[1] = view.stride[1];
+    read_strides(view, 2, p.weight.stride + 2);
+    p.packed = address(packed);
+    p.phases = &layout;
     py::gil_scoped_release release;
-    cpu_kernels().conv_transpose_fold(p, elements < kPlainGrain ? 1 : threads);
+    cpu_kernels().conv_transpose_pack(p, threads);
+}
+
+// A number that is another one where the tensor has moved or changed: of all elements of a small
+// one, of some of a large one.
+uint64_t fingerprint(py::handle tensor) {
+    View view;
+    look_at(tensor.ptr(), view);
+    const int64_t elements = view.elements(), most = elements <= 256 ? elements : 64;
+    const int64_t size = view.dtype == kFloat32 ? 4 : 2;
+    uint64_t digest = reinterpret_cast<uintptr_t>(view.data);
+    for (int64_t i = 0; i < most; ++i) {
+        int64_t rest = most == elements ? i : i * (elements / most) + i % 7, offset = 0;
+        for (int dim = view.ndim - 1; dim >= 0; --dim) {
+            offset += rest % view.size[dim] * view.stride[dim];
+            rest /= view.size[dim];
+        }
+        uint64_t bits = 0;
+        memcpy(&bits, static_cast<const char*>(view.data) + offset * size, size);
+        digest = (digest ^ bits) * 1099511628211u;
+        digest ^= digest >> 29;
+    }
+    return digest;
+}
+
+// in and out: (B, C, [D, [H,]] W).
+void conv_transpose(py::handle in, py::handle packed, py::handle out,
+                    const ConvTransposeLayout& layout, py::handle bias, py::handle scale,
+                    py::handle shift, int activation, double negative_slope, int threads) {
+    ConvTransposeParams p{};
+    View view;
+    for (auto [tensor, source] : {std::pair(&p.in, in), std::pair(&p.out, out)}) {
+        read_tensor(*tensor, source, view);
+        tensor->batch_stride = view.stride[0];
+        tensor->stride[0] = view.stride[1];
+        read_strides(view, 2, tensor->stride + 1);
+    }
+    p.batch = view.size[0];
+    p.weight = address(packed);
+    p.phases = &layout;
+    p.epilogue = read_epilogue(bias, scale, shift, activation, negative_slope);
+    if (double(p.batch) * multiplications(layout) < kProductGrain) threads = 1;
+    py::gil_scoped_release release;
+    cpu_kernels().conv_transpose(p, threads);
 }
 
 void channel_epilogue(py::handle in, py::handle out, int64_t outer, int64_t channels, int64_t inner,
@@ -231,7 +278,7 @@ PyMethodDef bare_method(const char* name) {
 
 py::tuple available_isas() {
     py::list names;
-    for (const char* isa : {"baseline", "avx2", "avx512"})
+    for (const char* isa : {"baseline", "avx2", "avx512", "avx512_bf16", "amx"})
         if (has_cpu_kernels(isa)) names.append(isa);
     return py::tuple(names);
 }
@@ -260,8 +307,13 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("reparameterize", &reparameterize);
     m.def("reparameterize_backward", &reparameterize_backward);
     m.def("rescale", &rescale);
-    m.def("conv_transpose_product", &conv_transpose_product);
-    m.def("conv_transpose_fold", &conv_transpose_fold);
+    py::class_<ConvTransposeLayout>(m, "ConvTransposeLayout", py::module_local())
+        .def(py::init<py::tuple, int>())
+        .def_property_readonly("bytes", &ConvTransposeLayout::bytes)
+        .def_readonly("digest", &ConvTransposeLayout::digest);
+    m.def("conv_transpose_pack", &conv_transpose_pack);
+    m.def("conv_transpose", &conv_transpose);
+    m.def("fingerprint", &fingerprint);
     m.def("channel_epilogue", &channel_epilogue);
     m.def("philox4x32", &philox);
     m.def("isa", [] { return cpu_kernels().isa; });

@@ -130,22 +130,29 @@ struct Epilogue {
     float negative_slope;
 };
 
-// out[b, r, n] = sum over k of weight[k, r] input[b, k, n], all dense.
-struct ProductParams {
-    const float *weight, *input;          // (depth, rows), (batch, depth, columns)
-    float* out;                           // (batch, rows, columns)
-    int64_t batch, depth, rows, columns;  // columns: one, or a multiple of 16
+// Sizes are (depth, height, width), 1 where a dim is absent. Channels are those of one group.
+struct ConvTransposeGeometry {
+    int64_t in_size[3], out_size[3], kernel[3], stride[3], padding[3], dilation[3];
+    int64_t groups, in_channels, out_channels;
+    int64_t planar;  // whether the output has its channels apart, instead of side by side
 };
 
-// out[b, c, o] = epilogue of the sum of columns[b, c, k, i] over all o = i stride - padding
-// + k dilation, in the order of k. Sizes are (depth, height, width), 1 where a dim is absent.
-struct FoldParams {
-    const float* columns;  // (batch, channels, taps, inputs): the last dim dense
-    int64_t sample_stride, channel_stride, tap_stride;
-    Tensor out;  // stride: (channel, depth, height, width)
-    int64_t batch, channels;
-    int64_t in_size[3], out_size[3], kernel[3], stride[3], padding[3], dilation[3];
+struct Phases;  // what follows from a geometry: cpu/phases.h
+
+// Tensors have the strides (channel, depth, height, width).
+struct ConvTransposeParams {
+    Tensor in, out;
+    const void* weight;  // packed
+    int64_t batch;
+    const Phases* phases;
     Epilogue epilogue;
+};
+
+// weight has the strides (input channel, output channel, depth, height, width).
+struct PackParams {
+    Tensor weight;
+    void* packed;
+    const Phases* phases;
 };
 
 // out = epilogue of in; both dense as (outer, channels, inner), strides unused. May be in place.

@@ -1,12 +1,31 @@
 #include <string.h>
 
+#include <initializer_list>
+
 #include "kernels.h"
 
 namespace fastgen {
 namespace {
 
+#if defined(FASTGEN_X86)
+CpuKernels with_multiplier(const char* isa, const Multiplier& multiplier) {
+    CpuKernels table = avx512::kernels;
+    table.isa = isa;
+    table.multiplier_bf16 = &multiplier;
+    return table;
+}
+#endif
+
 const CpuKernels* find(const char* isa) {
 #if defined(FASTGEN_X86)
+    if (strcmp(isa, "amx") == 0 && find("avx512_bf16") && amx::is_permitted()) {
+        static const CpuKernels table = with_multiplier("amx", amx::multiplier);
+        return &table;
+    }
+    if (strcmp(isa, "avx512_bf16") == 0 && find("avx512") && __builtin_cpu_supports("avx512bf16")) {
+        static const CpuKernels table = with_multiplier("avx512_bf16", avx512_bf16::multiplier);
+        return &table;
+    }
     if (strcmp(isa, "avx512") == 0 && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
@@ -18,8 +37,8 @@ const CpuKernels* find(const char* isa) {
 }
 
 const CpuKernels* widest() {
-    if (const CpuKernels* table = find("avx512")) return table;
-    if (const CpuKernels* table = find("avx2")) return table;
+    for (const char* isa : {"amx", "avx512_bf16", "avx512", "avx2"})
+        if (const CpuKernels* table = find(isa)) return table;
     return &baseline::kernels;
 }
 

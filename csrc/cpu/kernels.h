@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../params.h"
+#include "multiply.h"
 
 namespace fastgen {
 
@@ -11,9 +12,10 @@ struct CpuKernels {
     void (*reparameterize)(const ReparameterizeParams&, int threads);
     void (*reparameterize_backward)(const ReparameterizeParams&, int threads);
     void (*rescale)(const RescaleParams&, int threads);
-    void (*conv_transpose_product)(const ProductParams&, int threads);
-    void (*conv_transpose_fold)(const FoldParams&, int threads);
+    void (*conv_transpose)(const ConvTransposeParams&, int threads);
+    void (*conv_transpose_pack)(const PackParams&, int threads);
     void (*channel_epilogue)(const ChannelEpilogueParams&, int threads);
+    const Multiplier *multiplier, *multiplier_bf16;  // of float32, and of bfloat16 operands
 };
 
 // One table an instruction set; FASTGEN_ISA is the one a file is being compiled for.
@@ -27,6 +29,13 @@ extern const CpuKernels kernels;
 namespace avx512 {
 extern const CpuKernels kernels;
 }
+namespace avx512_bf16 {
+extern const Multiplier multiplier;
+}
+namespace amx {
+extern const Multiplier multiplier;
+bool is_permitted();
+}  // namespace amx
 #endif
 
 #if defined(FASTGEN_ISA)
@@ -35,15 +44,17 @@ void step(const StepParams&, int threads);
 void reparameterize(const ReparameterizeParams&, int threads);
 void reparameterize_backward(const ReparameterizeParams&, int threads);
 void rescale(const RescaleParams&, int threads);
-void conv_transpose_product(const ProductParams&, int threads);
-void conv_transpose_fold(const FoldParams&, int threads);
+void conv_transpose(const ConvTransposeParams&, int threads);
+void conv_transpose_pack(const PackParams&, int threads);
 void channel_epilogue(const ChannelEpilogueParams&, int threads);
+extern const Multiplier multiplier;
 }  // namespace FASTGEN_ISA
 #endif
 
 // The table in use: the widest set that this processor has, unless another was chosen.
 const CpuKernels& cpu_kernels();
-// "baseline", "avx2", "avx512": false where this processor or build lacks it.
+// "baseline", "avx2", "avx512", "avx512_bf16", "amx" (the last two as the one before, but for
+// products of bfloat16): false where this processor or build lacks it.
 bool choose_cpu_kernels(const char* isa);
 // Whether this processor and build have it.
 bool has_cpu_kernels(const char* isa);

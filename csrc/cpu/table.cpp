@@ -10,8 +10,10 @@ const CpuKernels kernels = {FASTGEN_STRING(FASTGEN_ISA),
                             reparameterize,
                             reparameterize_backward,
                             rescale,
-                            conv_transpose_product,
-                            conv_transpose_fold,
-                            channel_epilogue};
+                            conv_transpose,
+                            conv_transpose_pack,
+                            channel_epilogue,
+                            &multiplier,
+                            &multiplier};
 
 }  // namespace fastgen::FASTGEN_ISA

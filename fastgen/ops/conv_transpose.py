@@ -135,7 +135,7 @@ def launch(
     if out is None:
         shape = _output_shape(input.shape, weight.shape, stride, padding, output_padding, groups,
                               dilation)  # fmt: skip
-        out = _allocate(input, shape)
+        out = conv_transpose_cpu.empty(input, shape)
     kernel.call(backend, "conv_transpose", "conv_transpose", input.device, *arguments, out)
     torch.autograd.graph.increment_version(out)
     return out
@@ -268,12 +268,6 @@ def _output_shape(
     return (input[0], weight[1] * groups, *sizes)
 
 
-def _allocate(input: Tensor, shape: Sequence[int]) -> Tensor:
-    layout = conv_transpose_cpu.memory_format(input)
-    out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
-    return backends.on_huge_pages(out)
-
-
 # ---- the registered op ---------------------------------------------------------------------------
 
 LIBRARY.define(
@@ -291,10 +285,9 @@ def _kernel(input, weight, bias, stride, padding, output_padding, groups, dilati
 
 def _fake(input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
           activation, negative_slope, backend):  # fmt: skip
-    return _allocate(
-        input,
-        _output_shape(input.shape, weight.shape, stride, padding, output_padding, groups, dilation),
-    )
+    shape = _output_shape(input.shape, weight.shape, stride, padding, output_padding, groups,
+                          dilation)  # fmt: skip
+    return conv_transpose_cpu.empty(input, shape)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -1,9 +1,7 @@
 """The CPU backend of ``conv_transpose``, in one of two ways, by what was measured to be faster.
 
-- columns: every weight tap times every input position, with the weights as they lie in memory, then
-  a pass that gathers the taps of each output element; both native. For few input positions, where
-  PyTorch's own operator spends its time on repacking weights at every call, and for few output
-  channels, where it leaves most of the vector units idle.
+- packed: matrix products of weights packed once (csrc/cpu/conv_transpose.cpp), and kept for as long
+  as the weight lives and stays the same.
 - direct: PyTorch's operator, then one native pass in place for the rest.
 """
 
@@ -11,31 +9,36 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
 from ..reference.conv_transpose import ACTIVATIONS
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as enum Activation in csrc/params.h
-
-FEW_POSITIONS = 16  # of input, batch included
-# As many where PyTorch's repacked weights get memory of their own from the system, and give it
-# back, at every call: glibc does so from 32 MiB on.
-FEW_POSITIONS_OF_LARGE_WEIGHTS, LARGE_WEIGHTS = 128, 32 << 20  # bytes
-FEW_ROWS = 64  # output channels times taps
-COLUMN_ELEMENTS = 1 << 20  # of the product at a time, where there are many positions
+DTYPES = {dtype: code for code, dtype in enumerate(backends.KERNEL_DTYPES)}
 
 
-def memory_format(input: Tensor) -> torch.memory_format:
-    """Of the output: channels_last where the input is, else contiguous."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.ndim)
-    if last is None or input.is_contiguous() or not input.is_contiguous(memory_format=last):
-        return torch.contiguous_format
-    return last
+def is_planar(tensor: Tensor) -> bool:
+    """Whether the channels of (B, C, ...) lie apart, instead of side by side in each place."""
+    if tensor.is_contiguous():
+        return True
+    return not tensor.movedim(1, -1).is_contiguous()
+
+
+def empty(input: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, C_out, ...) in the input's memory format: channels last where it is, else contiguous."""
+    if is_planar(input):
+        made = torch.empty(shape, dtype=input.dtype, device=input.device)
+    else:
+        batch, channels, *sizes = shape
+        last = torch.empty((batch, *sizes, channels), dtype=input.dtype, device=input.device)
+        made = last.movedim(-1, 1)
+    return backends.on_huge_pages(made)
 
 
 def product_dtype(input: Tensor) -> torch.dtype:
@@ -43,21 +46,37 @@ def product_dtype(input: Tensor) -> torch.dtype:
     return torch.float32 if input.is_cpu and input.dtype is torch.float16 else input.dtype
 
 
-@functools.lru_cache(maxsize=512)
-def _geometry(
+class Geometry(NamedTuple):
+    """What the kernel is told of a call, and of how it packs the weights."""
+
+    sizes: tuple[int, ...]  # of the output
+    layout: Any  # a ConvTransposeLayout: of packed weights and of the products
+
+
+@functools.lru_cache(maxsize=1024)
+def geometry_of(
     sizes: tuple[int, ...],
-    kernel: tuple[int, ...],
+    weight: tuple[int, ...],
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     output_padding: tuple[int, ...],
+    groups: int,
     dilation: tuple[int, ...],
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(output sizes, the eighteen numbers that the kernel takes: depth first, 1 where absent)."""
+    planar: bool,
+    dtype: torch.dtype,
+    isa: str,
+) -> Geometry:
+    kernel = weight[2:]
     out = tuple(
         (n - 1) * s - 2 * p + d * (k - 1) + o + 1
         for n, k, s, p, o, d in zip(
             sizes, kernel, stride, padding, output_padding, dilation, strict=True
         )
+    )
+    # One input position has its taps apart at any stride: then none of them shares an output.
+    stride = tuple(
+        d * (k - 1) + 1 if n == 1 else s
+        for n, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
     )
     absent = 3 - len(sizes)
     numbers: tuple[int, ...] = ()
@@ -65,12 +84,51 @@ def _geometry(
         (sizes, 1), (out, 1), (kernel, 1), (stride, 1), (padding, 0), (dilation, 1),
     ):  # fmt: skip
         numbers += (neutral,) * absent + values
-    return out, numbers
+    numbers += (groups, weight[0] // groups, weight[1], int(planar))
+    return Geometry(out, backends.native().ConvTransposeLayout(numbers, DTYPES[dtype]))
 
 
-def _are_few(positions: int, weight: Tensor) -> bool:
-    large = 4 * weight.numel() >= LARGE_WEIGHTS
-    return positions <= (FEW_POSITIONS_OF_LARGE_WEIGHTS if large else FEW_POSITIONS)
+class Packed(NamedTuple):
+    """Weights as the kernel reads them, and what they were packed from."""
+
+    weight: weakref.ref[Tensor]
+    version: int
+    fingerprint: int
+    digest: int  # equal where weights are packed alike
+    data: Tensor
+
+
+_packed: dict[int, Packed] = {}  # by the weight's id, for as long as it lives
+
+
+def packed(weight: Tensor, layout: Any) -> Tensor:
+    """The weights as the kernel reads them: those of the last call, unless the weight has changed
+    since, or another geometry wants them in another order."""
+    key = id(weight)
+    version = -1 if weight.is_inference() else weight._version
+    # what is written through .data leaves the version as it is
+    fingerprint = backends.native().fingerprint(weight)
+    known = _packed.get(key)
+    if (
+        known is not None
+        and known.weight() is weight
+        and (version, fingerprint, layout.digest) == known[1:4]
+    ):
+        return known.data
+    data = torch.empty(layout.bytes, dtype=torch.uint8)
+    backends.on_huge_pages(data)
+    backends.native().conv_transpose_pack(weight, data, layout, torch.get_num_threads())
+    _packed[key] = Packed(
+        weakref.ref(weight, functools.partial(_forget, key)), version, fingerprint, layout.digest,
+        data,
+    )  # fmt: skip
+    return data
+
+
+def _forget(key: int, of: weakref.ref[Tensor]) -> None:
+    known = _packed.get(key)
+    if known is not None and known.weight is of:
+        del _packed[key]
 
 
 def _floats(values: Tensor | None) -> Tensor | None:
@@ -95,26 +153,24 @@ def conv_transpose(
     out: Tensor | None,
 ) -> Tensor:
     """``out``, or a new tensor where it is None; plain tensors, checked already."""
-    sizes, kernel = input.shape[2:], weight.shape[2:]
-    batch, channels = input.shape[0], weight.shape[1] * groups
-    rows = channels * kernel.numel()
-    few = rows <= FEW_ROWS or _are_few(batch * sizes.numel(), weight)
-    by_columns = groups == 1 and few and (input.dtype is not torch.bfloat16 or rows <= FEW_ROWS)
-    result, empty = out, batch == 0 or channels == 0
-    if by_columns or empty:
-        out_sizes, numbers = _geometry(
-            tuple(sizes), tuple(kernel), tuple(stride), tuple(padding), tuple(output_padding),
-            tuple(dilation),
+    channels = weight.shape[1] * groups
+    by_product = is_packed(weight, groups)
+    result, is_empty = out, input.shape[0] == 0 or channels == 0
+    if by_product or is_empty:
+        geometry = geometry_of(
+            tuple(input.shape[2:]), tuple(weight.shape), tuple(stride), tuple(padding),
+            tuple(output_padding), groups, tuple(dilation),
+            is_planar(input if out is None else out), input.dtype, backends.native().isa(),
         )  # fmt: skip
         if result is None:
-            shape = (batch, channels, *out_sizes)
-            result = torch.empty(shape, dtype=input.dtype, memory_format=memory_format(input))
-        if empty:
+            result = empty(input, (input.shape[0], channels, *geometry.sizes))
+        if is_empty:
             return result
     epilogue = (CODES[activation], negative_slope, torch.get_num_threads())
-    if by_columns and result is not None:
+    if by_product and result is not None:
         vectors = (_floats(bias), _floats(scale), _floats(shift))
-        _by_columns(input, weight, numbers, (*vectors, *epilogue), result)
+        data = packed(weight, geometry.layout)
+        backends.native().conv_transpose(input, data, result, geometry.layout, *vectors, *epilogue)
     else:
         dtype = product_dtype(input)
         inside = bias is not None and bias.dtype is dtype
@@ -131,64 +187,24 @@ def conv_transpose(
     return result
 
 
-def _by_columns(
-    input: Tensor, weight: Tensor, numbers: tuple[int, ...], epilogue: tuple, out: Tensor
-) -> None:
-    batch, channels = out.shape[:2]
-    positions, taps = math.prod(input.shape[2:]), math.prod(weight.shape[2:])
-    threads = epilogue[-1]
-    # Where the weights lie with their output channels innermost, so do the rows of the product.
-    last = weight.ndim > 3 and weight.stride(1) == 1 and not weight.is_contiguous()
-    weight = weight.movedim(1, -1) if last else weight  # (C_in, ...), dense below
-    weight = weight.float().contiguous()
-    depth, rows = weight.shape[0], channels * taps
-    native = backends.native()
-    apart = numbers[3:6] == numbers[6:9] and not any(numbers[12:15]) and numbers[15:] == (1, 1, 1)
-    if positions == 1 and apart and rows % 16 == 0 and not last:
-        # Nothing overlaps: the product is the output, samples first.
-        dense = out.is_contiguous()
-        direct = dense and out.dtype is torch.float32
-        product = out if direct else out.new_empty(out.shape, dtype=torch.float32)
-        x = input.flatten(1).t().float().contiguous()  # (C_in, B)
-        native.conv_transpose_product(x, weight, product, 1, depth, batch, rows, threads)
-        target = out if dense else product
-        native.channel_epilogue(product, target, batch, channels, taps, *epilogue)
-        if not dense:
-            out.copy_(product)
-        return
-    few = _are_few(batch * positions, weight)
-    samples = batch if few else max(1, min(batch, COLUMN_ELEMENTS // (rows * positions)))
-    room: Tensor | None = None
-    for first in range(0, batch, samples):
-        part = out[first : first + samples] if samples < batch else out
-        x = input[first : first + samples] if samples < batch else input
-        x = x.flatten(2)
-        x = x.transpose(0, 1).flatten(1)[None] if few else x  # few: all samples side by side
-        if x.shape[2] % 16 and x.shape[2] != 1:  # what the vector units take
-            x = F.pad(x, (0, -x.shape[2] % 16))
-        x = x.float().contiguous()
-        count, _, width = x.shape
-        if room is None:
-            room = torch.empty(count * rows * width, dtype=torch.float32)
-        native.conv_transpose_product(weight, x, room, count, depth, rows, width, threads)
-        sample = positions if few else rows * width
-        strides = (sample, width, width * channels) if last else (sample, width * taps, width)
-        native.conv_transpose_fold(room, strides, part, part.shape[0], channels, numbers, *epilogue)
+def is_packed(weight: Tensor, groups: int) -> bool:
+    """Whether the packed products are the faster way."""
+    return True
 
 
 def _finish(
     y: Tensor, input: Tensor, activation: str | None, epilogue: tuple, out: Tensor | None
 ) -> Tensor:
     """The epilogue over ``y``, in place where its memory can be the result's."""
-    layout = memory_format(input)
-    y = y.contiguous(memory_format=layout)
+    planar = is_planar(input)
+    y = y.contiguous() if planar else y.movedim(1, -1).contiguous().movedim(-1, 1)
     target = out
     if target is None or target.dtype is not y.dtype or target.stride() != y.stride():
         target = y if y.dtype is input.dtype else torch.empty_like(y, dtype=input.dtype)
     bare = activation is None and epilogue[0] is epilogue[1] is epilogue[2] is None
     if bare and target is y:
         pass
-    elif layout is torch.contiguous_format:
+    elif planar:
         inner = math.prod(y.shape[2:])
         backends.native().channel_epilogue(y, target, y.shape[0], y.shape[1], inner, *epilogue)
     else:

@@ -1,0 +1,147 @@
+#include "phases.h"
+
+namespace fastgen {
+namespace {
+
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
+int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+struct Residue {
+    int64_t shift;  // R - p
+    std::vector<int64_t> taps;
+};
+
+// Residues of one dim that read the same inputs.
+struct Class {
+    std::vector<int64_t> offsets;
+    std::vector<Residue> residues;
+    int64_t low = 0, end = 0;  // Q
+};
+
+std::vector<Class> classes_of(const ConvTransposeGeometry& g, int dim, bool merged) {
+    const int64_t stride = g.stride[dim], out = g.out_size[dim], padding = g.padding[dim];
+    std::vector<Class> classes;
+    const int64_t count = stride < out ? stride : out;           // of residues with any output
+    const int64_t first = (stride - padding % stride) % stride;  // the output whose residue is 0
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t o = first < count ? (first + i) % count : i;
+        const int64_t R = (o + padding) % stride;
+        Class made;
+        Residue residue{R - padding, {}};
+        for (int64_t k = 0; k < g.kernel[dim]; ++k) {
+            const int64_t reach = R - k * g.dilation[dim];
+            if (reach % stride != 0) continue;
+            residue.taps.push_back(k);
+            made.offsets.push_back(reach / stride);
+        }
+        made.low = ceil_div(-residue.shift, stride);
+        made.end = floor_div(out - 1 - residue.shift, stride) + 1;
+        Class* same = nullptr;
+        for (Class& known : classes)
+            if (merged && known.offsets == made.offsets) same = &known;
+        if (same) {
+            same->low = same->low < made.low ? same->low : made.low;
+            same->end = same->end > made.end ? same->end : made.end;
+        } else {
+            classes.push_back(made);
+            same = &classes.back();
+        }
+        same->residues.push_back(residue);
+    }
+    return classes;
+}
+
+// What packing one position takes, and storing apart what lies side by side, in columns of its
+// product.
+constexpr double kPacking = 24.0, kApart = 16.0;
+
+}  // namespace
+
+int64_t padded_weights(const Phases& phases, const Product& product, int64_t out_channels,
+                       const Multiplier& multiplier) {
+    const int64_t count = product.shifts.size() * out_channels;
+    if (phases.order != Order::kRows) return padded_columns(count, multiplier);
+    if (multiplier.operands == Operands::kTiles) return (count + 15) / 16 * 16;
+    const int64_t tile = rows_of_tile(count, product.across, multiplier);
+    return (count + tile - 1) / tile * tile;
+}
+
+double multiplications(const Phases& phases) {
+    double total = 0.0;
+    for (const Product& product : phases.products)
+        total += double(product.positions()) * product.offsets.size() * phases.depth *
+                 product.shifts.size() * phases.geometry.out_channels;
+    return total * phases.geometry.groups;
+}
+
+Phases phases_of(const ConvTransposeGeometry& g, const Multiplier& multiplier) {
+    // Merged or not, dim by dim: whichever takes the fewest multiplications.
+    std::vector<Class> dims[3][2];
+    for (int dim = 0; dim < 3; ++dim)
+        for (int merged = 0; merged < 2; ++merged) dims[dim][merged] = classes_of(g, dim, merged);
+    int chosen = 0;
+    double least = 0.0;
+    for (int choice = 0; choice < 8; ++choice) {
+        double cost = 0.0;
+        for (const Class& d : dims[0][choice >> 2])
+            for (const Class& h : dims[1][choice >> 1 & 1])
+                for (const Class& w : dims[2][choice & 1]) {
+                    const int64_t phases =
+                        d.residues.size() * h.residues.size() * w.residues.size();
+                    const double taps =
+                        double(d.offsets.size()) * h.offsets.size() * w.offsets.size();
+                    const double positions =
+                        double(d.end - d.low) * (h.end - h.low) * (w.end - w.low);
+                    const bool apart = g.planar && int64_t(w.residues.size()) < g.stride[2];
+                    cost += taps * positions *
+                            (padded_columns(phases * g.out_channels, multiplier) + kPacking +
+                             apart * kApart);
+                }
+        if (choice == 0 || cost < least) {
+            least = cost;
+            chosen = choice;
+        }
+    }
+    Phases phases{};
+    phases.geometry = g;
+    phases.multiplier = &multiplier;
+    const bool interleaved = dims[2][chosen & 1].front().residues.size() > 2;
+    phases.order = !g.planar     ? Order::kChannelsInner
+                   : interleaved ? Order::kPhasesInner
+                                 : Order::kRows;
+    phases.depth = (g.in_channels + multiplier.depth - 1) / multiplier.depth * multiplier.depth;
+    uint64_t digest = 14695981039346656037u;  // Fowler, Noll & Vo's hash
+    const auto mix = [&](uint64_t value) { digest = (digest ^ value) * 1099511628211u; };
+    mix(uint64_t(multiplier.operands) << 16 | uint64_t(phases.order) << 8 | multiplier.columns);
+    for (const Class& d : dims[0][chosen >> 2])
+        for (const Class& h : dims[1][chosen >> 1 & 1])
+            for (const Class& w : dims[2][chosen & 1]) {
+                Product product;
+                product.low = {d.low, h.low, w.low};
+                product.count = {d.end - d.low, h.end - h.low, w.end - w.low};
+                for (int64_t i : d.offsets)
+                    for (int64_t j : h.offsets)
+                        for (int64_t k : w.offsets) product.offsets.push_back({i, j, k});
+                for (const Residue& i : d.residues)
+                    for (const Residue& j : h.residues)
+                        for (const Residue& k : w.residues) {
+                            product.shifts.push_back({i.shift, j.shift, k.shift});
+                            for (int64_t x : i.taps)
+                                for (int64_t y : j.taps)
+                                    for (int64_t z : k.taps)
+                                        product.taps.push_back((x * g.kernel[1] + y) * g.kernel[2] +
+                                                               z);
+                        }
+                product.weights = phases.weights;
+                mix(product.shifts.size());
+                for (int64_t tap : product.taps) mix(tap);
+                product.across = int(w.residues.size());
+                phases.weights += product.offsets.size() * phases.depth *
+                                  padded_weights(phases, product, g.out_channels, multiplier);
+                phases.products.push_back(std::move(product));
+            }
+    phases.digest = digest;
+    return phases;
+}
+
+}  // namespace fastgen
