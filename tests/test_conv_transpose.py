@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import gc
 import os
 import subprocess
 import sys
@@ -17,9 +17,10 @@ from torch import Tensor
 
 import fastgen
 from fastgen import backends
+from fastgen.ops import conv_transpose_cpu
 from fastgen.reference import conv_transpose as reference
 from fastgen.testing import assert_bitwise, assert_close_to_oracle
-from shared import HAS_TRITON, ISAS
+from shared import HAS_TRITON, ISAS, PRODUCT_ISAS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu")
@@ -240,21 +241,55 @@ def test_nan_is_passed_on(activation):
     assert case.run(backend="cpu").isnan().sum() == 2 * 4 * 4
 
 
-@pytest.mark.parametrize("name", ["1x1 to 4x4", "few positions", "few channels", "a volume"])
-def test_native_kernels_repeat_their_bits_on_every_instruction_set_and_thread_count(name):
-    case, native = LAYERS[name], backends.native()
-    chosen, threads = native.isa(), torch.get_num_threads()
-    results = []
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("isa", PRODUCT_ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_image_has_its_bits_whatever_the_threads_and_the_batch(dtype, isa, last):
+    native, chosen, threads = backends.native(), backends.native().isa(), torch.get_num_threads()
     try:
-        for isa, count in itertools.product(ISAS, (1, 2)):
-            native.choose_isa(isa)
-            torch.set_num_threads(count)
-            results.append(case.run(backend="cpu"))
+        native.choose_isa(isa)
+        for shape in ((5, 100, 48, 1, 1), (5, 33, 40, 4, 4), (3, 40, 3, 20, 33)):
+            case = layer(*shape, dtype=dtype, stride=2, padding=1)
+            if last:
+                case.input = case.input.to(memory_format=torch.channels_last)
+            whole = case.check(backend="cpu")
+            torch.set_num_threads(1)
+            assert_bitwise(case.run(backend="cpu"), whole)
+            torch.set_num_threads(threads)
+            case.input = case.input[1:2]
+            assert_bitwise(case.run(backend="cpu"), whole[1:2])
     finally:
         native.choose_isa(chosen)
         torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert_bitwise(result, results[0])
+
+
+def test_weights_changed_in_any_way_are_seen():
+    case = layer(2, 64, 48, 8, 8, stride=2, padding=1)
+    case.run()
+
+    def replaced():
+        case.weight = case.weight.clone()
+
+    for change in (
+        lambda: case.weight.mul_(2.0),
+        lambda: case.weight.data.add_(0.1),
+        lambda: case.weight.copy_(normal(*case.weight.shape, seed=9)),
+        lambda: case.weight.data.copy_(normal(*case.weight.shape, seed=10)),
+        lambda: case.weight.set_(normal(*case.weight.shape, seed=11)),
+        replaced,
+    ):
+        change()
+        case.check(backend="cpu")
+
+
+def test_packed_weights_go_with_their_weights():
+    case = layer(2, 64, 48, 8, 8, stride=2, padding=1)
+    before = set(conv_transpose_cpu._packed)
+    case.run()
+    assert len(set(conv_transpose_cpu._packed) - before) == 1
+    del case
+    gc.collect()
+    assert set(conv_transpose_cpu._packed) <= before
 
 
 @pytest.mark.parametrize("name", ["1x1 to 4x4", "few positions", "many positions and channels"])

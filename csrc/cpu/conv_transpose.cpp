@@ -86,14 +86,13 @@ struct Bands {
 };
 
 // What laying out one position takes, in columns of a product.
-constexpr double kLaying = 12.0, kLayingTiles = 64.0;
+constexpr double kLaying = 24.0, kLayingTiles = 64.0;
 
 class Worker {
    public:
     Worker(const ConvTransposeParams& p, const Multiplier& m, const Phases& phases, int threads)
         : p_(p), m_(m), phases_(phases), rows_(phases.order == Order::kRows) {
         const ConvTransposeGeometry& g = phases.geometry;
-        const bool floats = m.operands == Operands::kFloats;
         most_ = rows_ ? m.columns : m.rows;
         channels_ = {g.in_channels, phases.depth, p.in.stride[0], m.operands == Operands::kFloats};
         set_place(rows_ ? Place::kChannels : Place::kPositions);

@@ -18,9 +18,12 @@ struct Channels {
     bool floats;           // where they go; else bfloat16
 };
 
+// 32 bits, wherever they lie: a float, or two bfloat16.
+typedef uint32_t Word __attribute__((aligned(1), may_alias));
+
 // to[k * pitch + row] = from[row][k]; zeros where a row is null. At most 16 rows.
-static inline void transpose_words(const uint32_t* const* from, int rows, int64_t words,
-                                   uint32_t* to, int64_t pitch) {
+static inline void transpose_words(const Word* const* from, int rows, int64_t words, uint32_t* to,
+                                   int64_t pitch) {
     int64_t k = 0;
 #if defined(__AVX512F__)
     const __mmask16 mask = __mmask16((1u << rows) - 1);
@@ -50,7 +53,7 @@ static inline void transpose_words(const uint32_t* const* from, int rows, int64_
     }
 #endif
     for (int row = 0; row < rows; ++row)
-        if (const uint32_t* source = from[row])
+        if (const Word* source = from[row])
             for (int64_t i = k; i < words; ++i) to[i * pitch + row] = source[i];
         else
             for (int64_t i = k; i < words; ++i) to[i * pitch + row] = 0;
@@ -121,7 +124,7 @@ void gather_row(Place place, const Channels& channels, const Element* from, int6
     }
     // blocks of 16 words: a float, or two bfloat16
     uint32_t words[16][16], block[16][16];  // [word][position] and back
-    const uint32_t* rows[16];
+    const Word* rows[16];
     for (int i = 0; i < 16; ++i) rows[i] = words[i];
     for (int64_t first = 0; first < count; first += 16) {
         const int64_t left = count - first < 16 ? count - first : 16;
@@ -176,8 +179,8 @@ void gather_positions(Place place, const Channels& channels, const Element* cons
         return;
     }
     const int64_t words = channels.floats ? all : all / 2;
-    const uint32_t* rows[16];
-    for (int i = 0; i < count; ++i) rows[i] = reinterpret_cast<const uint32_t*>(from[i]);
+    const Word* rows[16];
+    for (int i = 0; i < count; ++i) rows[i] = reinterpret_cast<const Word*>(from[i]);
     uint32_t* out = static_cast<uint32_t*>(to);
     transpose_words(rows, count, words, out, pitch);
     if (channels.floats) return;

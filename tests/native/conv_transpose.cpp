@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/phases.h"
 #include "math/activation.h"
 #include "testing.h"
 
@@ -51,128 +52,119 @@ struct Coefficients {
     }
 };
 
-TEST(the_matrix_product_is_the_same_on_every_instruction_set_and_close_to_double) {
-    Random random(23);
-    for (int trial = 0; trial < 40; ++trial) {
-        ProductParams p{};
-        p.batch = pick(random, 1, 3);
-        p.depth = pick(random, 1, 150);
-        p.rows = pick(random, 1, 200);
-        p.columns = trial % 4 ? 16 * pick(random, 1, 20) : 1;
-        const auto weight = ordinary(p.depth * p.rows, random);
-        const auto input = ordinary(p.batch * p.depth * p.columns, random);
-        p.weight = weight.data();
-        p.input = input.data();
-        std::vector<float> first;
-        for_each_isa([&](const CpuKernels& kernels) {
-            for (int threads : {1, 3}) {
-                std::vector<float> out(p.batch * p.rows * p.columns, NAN);
-                p.out = out.data();
-                kernels.conv_transpose_product(p, threads);
-                if (first.empty()) first = out;
-                CHECK(out == first);
-            }
-        });
-        for (int64_t i = 0; i < int64_t(first.size()); ++i) {
-            const int64_t n = i % p.columns, r = i / p.columns % p.rows, b = i / p.columns / p.rows;
-            double sum = 0, size = 0;
-            for (int64_t k = 0; k < p.depth; ++k) {
-                const double product =
-                    double(weight[k * p.rows + r]) * input[(b * p.depth + k) * p.columns + n];
-                sum += product;
-                size += fabs(product);
-            }
-            CHECK(fabs(first[i] - sum) <= 1e-6 * size);
-        }
-    }
-}
-
-struct Fold {
-    FoldParams p{};
-    Coefficients coefficients;
-    std::vector<float> columns;
-    Array out;
-};
-
-Fold any_fold(Random& random) {
-    Fold fold;
-    FoldParams& p = fold.p;
-    p.batch = pick(random, 1, 2);
-    p.channels = pick(random, 1, 20);
-    int64_t inputs = 1, taps = 1;
+ConvTransposeGeometry any_geometry(Random& random) {
+    ConvTransposeGeometry g{};
+    g.groups = pick(random, 0, 3) ? 1 : pick(random, 2, 3);
+    g.in_channels = pick(random, 1, pick(random, 0, 1) ? 8 : 80);
+    g.out_channels = pick(random, 1, pick(random, 0, 1) ? 5 : 70);
     const int64_t dims = pick(random, 1, 3);
     for (int64_t dim = 0; dim < 3; ++dim) {
         const bool used = dim >= 3 - dims;
         do {
-            p.in_size[dim] = used ? pick(random, 1, dims == 1 ? 400 : 6) : 1;
-            p.kernel[dim] = used ? pick(random, 1, 4) : 1;
-            p.stride[dim] = used ? pick(random, 1, 3) : 1;
-            p.dilation[dim] = used ? pick(random, 1, 2) : 1;
-            p.padding[dim] = used ? pick(random, 0, 2) : 0;
-            p.out_size[dim] = (p.in_size[dim] - 1) * p.stride[dim] - 2 * p.padding[dim] +
-                              p.dilation[dim] * (p.kernel[dim] - 1) + 1 +
-                              (used ? pick(random, 0, p.stride[dim] - 1) : 0);
-        } while (p.out_size[dim] < 1);
-        inputs *= p.in_size[dim];
-        taps *= p.kernel[dim];
+            g.in_size[dim] = used ? pick(random, 1, dims == 1 ? 600 : dims == 2 ? 20 : 5) : 1;
+            g.kernel[dim] = used ? pick(random, 1, 5) : 1;
+            g.stride[dim] = used ? pick(random, 1, 4) : 1;
+            g.dilation[dim] = used ? pick(random, 1, 2) : 1;
+            g.padding[dim] = used ? pick(random, 0, 2) : 0;
+            g.out_size[dim] = (g.in_size[dim] - 1) * g.stride[dim] - 2 * g.padding[dim] +
+                              g.dilation[dim] * (g.kernel[dim] - 1) + 1 +
+                              (used ? pick(random, 0, g.stride[dim] - 1) : 0);
+        } while (g.out_size[dim] < 1);
     }
-    p.tap_stride = inputs + pick(random, 0, 3);
-    p.channel_stride = taps * p.tap_stride;
-    p.sample_stride = p.channels * p.channel_stride + pick(random, 0, 3);
-    const int64_t last = (p.batch - 1) * p.sample_stride + (p.channels - 1) * p.channel_stride +
-                         (taps - 1) * p.tap_stride + inputs;
-    fold.columns = ordinary(last, random);
-    fold.out = Array({p.batch, p.channels, p.out_size[0], p.out_size[1], p.out_size[2]},
-                     any_dtype(random), any_layout(random, true), random);
-    p.epilogue = fold.coefficients.epilogue(p.channels, random);
-    return fold;
+    return g;
 }
 
-// One output element: the taps that reach it, in the order of k.
-float folded(const Fold& fold, int64_t b, int64_t c, const int64_t (&o)[3]) {
-    const FoldParams& p = fold.p;
-    float sum = 0;
+// One output element before its epilogue, and the sum of its terms' sizes.
+void summed(const ConvTransposeGeometry& g, const Array& in, const Array& weight, int64_t b,
+            int64_t c, const int64_t (&o)[3], double& sum, double& size) {
+    sum = size = 0;
     int64_t k[3];
-    for (k[0] = 0; k[0] < p.kernel[0]; ++k[0])
-        for (k[1] = 0; k[1] < p.kernel[1]; ++k[1])
-            for (k[2] = 0; k[2] < p.kernel[2]; ++k[2]) {
+    for (k[0] = 0; k[0] < g.kernel[0]; ++k[0])
+        for (k[1] = 0; k[1] < g.kernel[1]; ++k[1])
+            for (k[2] = 0; k[2] < g.kernel[2]; ++k[2]) {
                 int64_t tap = 0, position = 0;
                 bool reaches = true;
                 for (int dim = 0; dim < 3; ++dim) {
-                    const int64_t reach = o[dim] + p.padding[dim] - k[dim] * p.dilation[dim];
-                    const int64_t i = reach / p.stride[dim];
-                    reaches &= reach >= 0 && reach % p.stride[dim] == 0 && i < p.in_size[dim];
-                    tap = tap * p.kernel[dim] + k[dim];
-                    position = position * p.in_size[dim] + i;
+                    const int64_t reach = o[dim] + g.padding[dim] - k[dim] * g.dilation[dim];
+                    const int64_t i = reach / g.stride[dim];
+                    reaches &= reach >= 0 && reach % g.stride[dim] == 0 && i < g.in_size[dim];
+                    tap = tap * g.kernel[dim] + k[dim];
+                    position = position * g.in_size[dim] + i;
                 }
-                if (reaches)
-                    sum = sum + fold.columns[b * p.sample_stride + c * p.channel_stride +
-                                             tap * p.tap_stride + position];
+                if (!reaches) continue;
+                const int64_t positions = g.in_size[0] * g.in_size[1] * g.in_size[2];
+                const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
+                const int64_t group = c / g.out_channels, own = c % g.out_channels;
+                for (int64_t i = 0; i < g.in_channels; ++i) {
+                    const int64_t channel = group * g.in_channels + i;
+                    const double product =
+                        double(in.at((b * g.groups * g.in_channels + channel) * positions +
+                                     position)) *
+                        weight.at((channel * g.out_channels + own) * taps + tap);
+                    sum += product;
+                    size += fabs(product);
+                }
             }
-    return finish(p.epilogue, c, sum);
 }
 
-TEST(the_fold_gathers_every_tap_in_order_into_any_layout) {
-    Random random(24);
-    for (int trial = 0; trial < 120; ++trial) {
-        Fold fold = any_fold(random);
-        FoldParams& p = fold.p;
-        Array right = fold.out.copy();
-        int64_t index = 0, o[3];
-        for (int64_t b = 0; b < p.batch; ++b)
-            for (int64_t c = 0; c < p.channels; ++c)
-                for (o[0] = 0; o[0] < p.out_size[0]; ++o[0])
-                    for (o[1] = 0; o[1] < p.out_size[1]; ++o[1])
-                        for (o[2] = 0; o[2] < p.out_size[2]; ++o[2])
-                            right.set(index++, folded(fold, b, c, o));
-        for_each_isa([&](const CpuKernels& kernels) {
-            for (int threads : {1, 3}) {
-                const Array out = fold.out.copy();
-                p.columns = fold.columns.data();
-                p.out = {out.data(), out.dtype(), out.strides()[0], {}};
-                std::copy(out.strides().begin() + 1, out.strides().end(), p.out.stride);
-                kernels.conv_transpose_fold(p, threads);
-                CHECK(same(out, right));
+TEST(a_product_by_phases_is_close_to_double_whatever_the_threads_and_the_batch) {
+    Random random(23);
+    for (int trial = 0; trial < 100; ++trial) {
+        ConvTransposeGeometry g = any_geometry(random);
+        const int64_t batch = pick(random, 1, 3), channels = g.groups * g.out_channels;
+        const DType dtype = any_dtype(random);
+        Array in({batch, g.groups * g.in_channels, g.in_size[0], g.in_size[1], g.in_size[2]}, dtype,
+                 any_layout(random, false), random);
+        Array weight(
+            {g.groups * g.in_channels, g.out_channels, g.kernel[0], g.kernel[1], g.kernel[2]},
+            dtype, any_layout(random, false), random);
+        const Array out({batch, channels, g.out_size[0], g.out_size[1], g.out_size[2]}, dtype,
+                        any_layout(random, true), random);
+        in.fill_ordinary(random);
+        weight.fill_ordinary(random);
+        g.planar = pick(random, 0, 1);
+        std::vector<double> sums, sizes;
+        int64_t o[3];
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t c = 0; c < channels; ++c)
+                for (o[0] = 0; o[0] < g.out_size[0]; ++o[0])
+                    for (o[1] = 0; o[1] < g.out_size[1]; ++o[1])
+                        for (o[2] = 0; o[2] < g.out_size[2]; ++o[2]) {
+                            sums.emplace_back();
+                            sizes.emplace_back();
+                            summed(g, in, weight, b, c, o, sums.back(), sizes.back());
+                        }
+        const double unit = dtype == kFloat32 ? 0 : dtype == kBFloat16 ? 0x1p-8 : 0x1p-11;
+        for_each_product([&](const CpuKernels& kernels) {
+            const Phases phases =
+                phases_of(g, dtype == kBFloat16 ? *kernels.multiplier_bf16 : *kernels.multiplier);
+            const int64_t bytes = g.groups * phases.weights *
+                                  (phases.multiplier->operands == Operands::kFloats ? 4 : 2);
+            std::vector<char> packed(bytes);
+            PackParams pack{{weight.data(), dtype, 0, {}}, packed.data(), &phases};
+            std::copy(weight.strides().begin(), weight.strides().end(), pack.weight.stride);
+            kernels.conv_transpose_pack(pack, 2);
+            std::vector<Array> results;
+            for (int threads : {1, 3})
+                for (int64_t samples : {batch, int64_t{1}}) {
+                    results.push_back(out.copy());
+                    const Array& to = results.back();
+                    ConvTransposeParams p{};
+                    p.in = {in.data(), dtype, in.strides()[0], {}};
+                    p.out = {to.data(), dtype, to.strides()[0], {}};
+                    std::copy(in.strides().begin() + 1, in.strides().end(), p.in.stride);
+                    std::copy(to.strides().begin() + 1, to.strides().end(), p.out.stride);
+                    p.weight = packed.data();
+                    p.batch = samples;
+                    p.phases = &phases;
+                    kernels.conv_transpose(p, threads);
+                }
+            const int64_t count = sums.size(), sample = count / batch;
+            for (int64_t i = 0; i < count; ++i) {
+                const float made = results[0].at(i);
+                CHECK(fabs(made - sums[i]) <= 2e-6 * sizes[i] + unit * fabs(sums[i]) + 1e-7);
+                CHECK(results[2].at(i) == made);
+                CHECK(i >= sample || (results[1].at(i) == made && results[3].at(i) == made));
             }
         });
     }

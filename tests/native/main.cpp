@@ -45,6 +45,12 @@ void for_each_isa(const std::function<void(const CpuKernels&)>& visit) {
         if (choose_cpu_kernels(isa)) visit(cpu_kernels());
 }
 
+void for_each_product(const std::function<void(const CpuKernels&)>& visit) {
+    for_each_isa(visit);
+    for (const char* isa : {"avx512_bf16", "amx"})
+        if (choose_cpu_kernels(isa)) visit(cpu_kernels());
+}
+
 Array::Layout any_layout(Random& random, bool output) {
     return Array::Layout(pick(random, 0, output ? 2 : 3));
 }
@@ -179,7 +185,7 @@ float tree_sum(std::vector<float> values) {
 // native_tests [part of a name]
 int main(int argc, char** argv) {
     using Clock = std::chrono::steady_clock;
-    fastgen::testing::for_each_isa(
+    fastgen::testing::for_each_product(
         [](const fastgen::CpuKernels& kernels) { printf("instruction set: %s\n", kernels.isa); });
     int count = 0;
     for (const auto& test : fastgen::testing::entries()) {

@@ -34,6 +34,8 @@ int64_t pick(Random& random, int64_t low, int64_t high);
 
 // Calls visit for each set of kernels that this processor has, widest last.
 void for_each_isa(const std::function<void(const CpuKernels&)>& visit);
+// The same, with those that differ in products of bfloat16 alone.
+void for_each_product(const std::function<void(const CpuKernels&)>& visit);
 
 using Sizes = std::vector<int64_t>;
 
