@@ -42,10 +42,13 @@ __all__ = [
     "ddpm_step",
     "denoiser_levels",
     "edm_levels",
+    "explain",
     "flow_levels",
+    "fuse",
     "gaussian_kl",
     "gaussian_kl_monte_carlo",
     "info",
+    "nn",
     "philox4x32",
     "randn",
     "reparameterize",
@@ -64,6 +67,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str):
-    if name in ("testing", "zoo"):  # not needed for sampling
+    if name in ("nn", "testing", "zoo"):  # not needed for sampling
         return importlib.import_module(f"fastgen.{name}")
+    if name in ("explain", "fuse"):
+        return getattr(importlib.import_module("fastgen.fusing"), name)
     raise AttributeError(f"module 'fastgen' has no attribute {name!r}")

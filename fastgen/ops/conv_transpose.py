@@ -23,11 +23,12 @@ def conv_transpose1d(
     output_padding: Size = 0, groups: int = 1, dilation: Size = 1, *, scale: Tensor | None = None,
     shift: Tensor | None = None, activation: str | None = None, negative_slope: float = 0.2,
     out: Tensor | None = None, backend: str | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> Tensor:  # fmt: skip
     """``conv_transpose2d`` in one dimension: input (B, C_in, L) or (C_in, L)."""
     return _conv_transpose(1, input, weight, bias, stride, padding, output_padding, groups,
-                           dilation, scale, shift, activation, negative_slope, out,
-                           backend)  # fmt: skip
+                           dilation, scale, shift, activation, negative_slope, out, backend,
+                           memory_format)  # fmt: skip
 
 
 def conv_transpose2d(
@@ -35,11 +36,12 @@ def conv_transpose2d(
     output_padding: Size = 0, groups: int = 1, dilation: Size = 1, *, scale: Tensor | None = None,
     shift: Tensor | None = None, activation: str | None = None, negative_slope: float = 0.2,
     out: Tensor | None = None, backend: str | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> Tensor:  # fmt: skip
     """act(scale * (conv_transpose(input, weight) + bias) + shift): Dumoulin & Visin (2016), ch. 4.
 
     input: (B, C_in, H, W) or (C_in, H, W), any strides. The result has its dtype, rounded once, and
-        its memory format.
+        its memory format, or the one asked for.
     weight: (C_in, C_out / groups, kH, kW), of the input's dtype.
     bias, scale, shift: (C_out,), floating. A normalisation in evaluation mode folds into the last
         two: scale = gamma / sqrt(var + eps), shift = beta - mean * scale.
@@ -49,6 +51,13 @@ def conv_transpose2d(
         "gelu" (the exact form).
     out: where to write; (B, C_out, H', W') of the input's dtype, overlapping no input partly.
     backend: "cpu", "triton" or "reference"; by default the best that serves (``fastgen.info``).
+    memory_format: of the result, torch.contiguous_format or torch.channels_last (for one dimension,
+        (B, L, C) in memory); not beside ``out``.
+
+    On the CPU the weight is kept in the order that the kernel reads, a second copy, for as long as
+    it lives and stays the same (a change through ``.data`` of single numbers is not seen: write in
+    place under ``torch.no_grad``). A sample's result does not depend on its batch there, where
+    ``ops.conv_transpose_cpu.is_packed`` chooses our product and not PyTorch's.
 
     Under ``torch.autocast`` input and weight take its dtype, as in PyTorch.
     The error against float64 is at most twice that of PyTorch's own operators. Gradients reach
@@ -56,8 +65,8 @@ def conv_transpose2d(
     TypeError for what does not fit.
     """
     return _conv_transpose(2, input, weight, bias, stride, padding, output_padding, groups,
-                           dilation, scale, shift, activation, negative_slope, out,
-                           backend)  # fmt: skip
+                           dilation, scale, shift, activation, negative_slope, out, backend,
+                           memory_format)  # fmt: skip
 
 
 def conv_transpose3d(
@@ -65,17 +74,19 @@ def conv_transpose3d(
     output_padding: Size = 0, groups: int = 1, dilation: Size = 1, *, scale: Tensor | None = None,
     shift: Tensor | None = None, activation: str | None = None, negative_slope: float = 0.2,
     out: Tensor | None = None, backend: str | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> Tensor:  # fmt: skip
     """``conv_transpose2d`` in three dimensions: input (B, C_in, D, H, W) or (C_in, D, H, W)."""
     return _conv_transpose(3, input, weight, bias, stride, padding, output_padding, groups,
-                           dilation, scale, shift, activation, negative_slope, out,
-                           backend)  # fmt: skip
+                           dilation, scale, shift, activation, negative_slope, out, backend,
+                           memory_format)  # fmt: skip
 
 
 def _conv_transpose(
     dims, input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
-    activation, negative_slope, out, backend,
+    activation, negative_slope, out, backend, memory_format,
 ) -> Tensor:  # fmt: skip
+    last = _is_last(memory_format, out)
     if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
         input, weight = (_as_autocast(t, input.device.type) for t in (input, weight))
     operands = (input, weight, bias, scale, shift)
@@ -89,7 +100,7 @@ def _conv_transpose(
         known = _known.get(key)
     if known is not None and out is None and input.ndim == dims + 2:
         arguments = (input, weight, bias, *known[0], scale, shift, activation, slope)
-        return conv_transpose_cpu.conv_transpose(*arguments, None)
+        return conv_transpose_cpu.conv_transpose(*arguments, None, last)
     if known is None:
         known = _check(dims, operands, options, backend)
         if key is not None and known[2] == "cpu":
@@ -109,10 +120,12 @@ def _conv_transpose(
     arguments = (x, weight, bias, *geometry, scale, shift, activation, slope)
     if name == "reference":
         y = reference.conv_transpose(*arguments)
+        if last is not None:
+            y = y.movedim(1, -1).contiguous().movedim(-1, 1) if last else y.contiguous()
     elif is_plain(*operands):
-        y = launch(name, *arguments, target)
+        y = launch(name, *arguments, target, last)
     else:
-        y = torch.ops.fastgen.conv_transpose(*arguments, name)
+        y = torch.ops.fastgen.conv_transpose(*arguments, name, last)
     if not batched:
         y = y.squeeze(0)
     if out is None:
@@ -125,20 +138,33 @@ def launch(
     backend: str, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int],
     padding: Sequence[int], output_padding: Sequence[int], groups: int, dilation: Sequence[int],
     scale: Tensor | None, shift: Tensor | None, activation: str | None, negative_slope: float,
-    out: Tensor | None = None,
+    out: Tensor | None = None, last: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Straight through the backend named; arguments are checked already."""
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation, scale,
                  shift, activation, negative_slope)  # fmt: skip
     if backend == "cpu":
-        return conv_transpose_cpu.conv_transpose(*arguments, out)
+        return conv_transpose_cpu.conv_transpose(*arguments, out, last)
     if out is None:
         shape = _output_shape(input.shape, weight.shape, stride, padding, output_padding, groups,
                               dilation)  # fmt: skip
-        out = conv_transpose_cpu.empty(input, shape)
+        out = conv_transpose_cpu.empty(input, shape, last)
     kernel.call(backend, "conv_transpose", "conv_transpose", input.device, *arguments, out)
     torch.autograd.graph.increment_version(out)
     return out
+
+
+def _is_last(memory_format: Any, out: Any) -> bool | None:
+    """Whether channels last was asked for; None: neither."""
+    if memory_format is None:
+        return None
+    if out is not None:
+        raise ValueError("memory_format: given beside out, which has its own")
+    lasts = (torch.channels_last, torch.channels_last_3d)
+    if memory_format not in (torch.contiguous_format, *lasts):
+        raise ValueError(f"memory_format: got {memory_format}, expected torch.contiguous_format "
+                         "or torch.channels_last")  # fmt: skip
+    return memory_format in lasts
 
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -273,25 +299,25 @@ def _output_shape(
 LIBRARY.define(
     "conv_transpose(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
     "SymInt[] output_padding, SymInt groups, SymInt[] dilation, Tensor? scale, Tensor? shift, "
-    "str? activation, float negative_slope, str backend) -> Tensor"
+    "str? activation, float negative_slope, str backend, bool? last=None) -> Tensor"
 )
 
 
 def _kernel(input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
-            activation, negative_slope, backend):  # fmt: skip
+            activation, negative_slope, backend, last=None):  # fmt: skip
     return launch(backend, input, weight, bias, stride, padding, output_padding, groups, dilation,
-                  scale, shift, activation, negative_slope)  # fmt: skip
+                  scale, shift, activation, negative_slope, None, last)  # fmt: skip
 
 
 def _fake(input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
-          activation, negative_slope, backend):  # fmt: skip
+          activation, negative_slope, backend, last=None):  # fmt: skip
     shape = _output_shape(input.shape, weight.shape, stride, padding, output_padding, groups,
                           dilation)  # fmt: skip
-    return conv_transpose_cpu.empty(input, shape)
+    return conv_transpose_cpu.empty(input, shape, last)
 
 
 def _setup(ctx, inputs, output) -> None:
-    (input, weight, bias, *geometry, scale, shift, ctx.activation, ctx.negative_slope,
+    (input, weight, bias, *geometry, scale, shift, ctx.activation, ctx.negative_slope, _,
      _) = inputs  # fmt: skip
     ctx.geometry = geometry
     ctx.save_for_backward(input, weight, bias, scale, shift)
@@ -333,7 +359,7 @@ def _backward(ctx, grad):
         grad_input = grad_input.to(input.dtype) if needs_input else None
         grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
     return (grad_input, grad_weight, grad_bias, None, None, None, None, None, grad_scale,
-            grad_shift, None, None, None)  # fmt: skip
+            grad_shift, None, None, None, None)  # fmt: skip
 
 
 LIBRARY.impl("conv_transpose", _kernel, "CompositeExplicitAutograd")

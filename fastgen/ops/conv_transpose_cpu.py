@@ -31,14 +31,14 @@ def is_planar(tensor: Tensor) -> bool:
     return not tensor.movedim(1, -1).is_contiguous()
 
 
-def empty(input: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, C_out, ...) in the input's memory format: channels last where it is, else contiguous."""
-    if is_planar(input):
+def empty(input: Tensor, shape: Sequence[int], last: bool | None = None) -> Tensor:
+    """(B, C_out, ...), channels last or not; None: as the input."""
+    if is_planar(input) if last is None else not last:
         made = torch.empty(shape, dtype=input.dtype, device=input.device)
     else:
         batch, channels, *sizes = shape
-        last = torch.empty((batch, *sizes, channels), dtype=input.dtype, device=input.device)
-        made = last.movedim(-1, 1)
+        made = torch.empty((batch, *sizes, channels), dtype=input.dtype, device=input.device)
+        made = made.movedim(-1, 1)
     return backends.on_huge_pages(made)
 
 
@@ -152,10 +152,11 @@ def conv_transpose(
     activation: str | None,
     negative_slope: float,
     out: Tensor | None,
+    last: bool | None = None,
 ) -> Tensor:
     """``out``, or a new tensor where it is None; plain tensors, checked already."""
     channels = weight.shape[1] * groups
-    planar = is_planar(input if out is None else out)
+    planar = is_planar(input if out is None else out) if last is None else not last
     by_product = is_packed(input, weight, stride, groups, planar)
     result, is_empty = out, input.shape[0] == 0 or channels == 0
     if by_product or is_empty:
@@ -165,7 +166,7 @@ def conv_transpose(
             backends.native().isa(),
         )  # fmt: skip
         if result is None:
-            result = empty(input, (input.shape[0], channels, *geometry.sizes))
+            result = empty(input, (input.shape[0], channels, *geometry.sizes), not planar)
         if is_empty:
             return result
     epilogue = (CODES[activation], negative_slope, torch.get_num_threads())
@@ -183,7 +184,7 @@ def conv_transpose(
         y = torch.convolution(x, weight, bias if inside else None, stride, padding, dilation, True,
                               output_padding, groups)  # fmt: skip
         vectors = (None if inside else _floats(bias), _floats(scale), _floats(shift))
-        result = _finish(y, input, activation, (*vectors, *epilogue), result)
+        result = _finish(y, input, planar, activation, (*vectors, *epilogue), result)
     if out is not None:
         torch.autograd.graph.increment_version(out)
     return result
@@ -207,10 +208,10 @@ def is_packed(
 
 
 def _finish(
-    y: Tensor, input: Tensor, activation: str | None, epilogue: tuple, out: Tensor | None
-) -> Tensor:
+    y: Tensor, input: Tensor, planar: bool, activation: str | None, epilogue: tuple,
+    out: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The epilogue over ``y``, in place where its memory can be the result's."""
-    planar = is_planar(input)
     y = y.contiguous() if planar else y.movedim(1, -1).contiguous().movedim(-1, 1)
     target = out
     if target is None or target.dtype is not y.dtype or target.stride() != y.stride():

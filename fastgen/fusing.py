@@ -1,0 +1,380 @@
+"""``fuse``: the transposed convolutions of a network that exists, with what stands behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from .nn import FUSED, PASSED, _Fused
+from .ops import conv_transpose as ops
+
+logger = logging.getLogger("fastgen")
+
+_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu", nn.GELU: "gelu",
+}  # fmt: skip
+_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
+    F.leaky_relu: "leaky_relu", torch.tanh: "tanh", torch.tanh_: "tanh", F.tanh: "tanh",
+    "tanh": "tanh", "tanh_": "tanh", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid",
+    "sigmoid": "sigmoid", "sigmoid_": "sigmoid", F.silu: "silu", F.gelu: "gelu",
+}  # fmt: skip
+
+
+class Layer(NamedTuple):
+    """What ``fuse`` did to a transposed convolution; why: the reason for what it left."""
+
+    name: str
+    norm: str | None
+    activation: str | None
+    why: str
+
+
+class _Match(NamedTuple):
+    conv: str
+    norm: str | None
+    activation: str | None
+    slope: float
+    act_module: str | None  # to be replaced
+    act_node: str | None  # to be cut out of the graph
+    why: str
+
+
+def fuse(
+    module: nn.Module,
+    *,
+    inplace: bool = False,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> nn.Module:
+    """A network with the same outputs whose transposed convolutions are fastgen's, each with the
+    normalisation and the activation behind it in its one kernel.
+
+    Found in Sequentials and in any ``forward`` that torch.fx can trace. Batch normalisation (and
+    instance normalisation with running statistics) is folded while it is in evaluation mode; in
+    training mode it runs by the batch's own statistics, and all gradients are exact. Parameters,
+    buffers and ``state_dict`` keep their names, and what is changed in them is noticed; a weight
+    normalisation of the old kind (a hook) is removed, one of ``parametrizations`` stays. What else
+    there is in the network is left alone.
+
+    inplace: change ``module`` itself, instead of a copy. dtype: of parameters and buffers, and of
+        the input to come; those of folded normalisations stay as they are. memory_format: of the
+        transposed convolutions' results, and of the weights of all others;
+        torch.channels_last is the fastest in bfloat16. None: that of their input.
+
+    Returns a module of the same class; where an activation is a function in ``forward``, which is
+    then written anew, a torch.fx.GraphModule. ``explain`` says what was fused, and what not.
+    Raises TypeError for what is no module, ValueError for another dtype than float32, bfloat16,
+    float16, float64 and for an unknown memory format.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}, expected a torch.nn.Module")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype: got {dtype}, expected a floating dtype")
+    ops._is_last(memory_format, None)
+    made = module if inplace else _copied(module)
+    layers: list[Layer] = []
+    for path, owner in list(_traceable(made)):
+        made = _rewritten(made, path, owner, layers)
+    if memory_format is not None:
+        _lay_out(made, memory_format)
+    if dtype is not None:
+        _convert(made, dtype)
+    made.__dict__["_fastgen_layers"] = layers
+    logger.info("fuse: %s", "; ".join(map(_told, layers)) or "no transposed convolution was found")
+    return made
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    for child in module.modules():
+        for hook in child._forward_pre_hooks.values():
+            weight = vars(child).get(getattr(hook, "name", ""))
+            if isinstance(weight, torch.Tensor):  # which the hook makes anew; it cannot be copied
+                vars(child)[hook.name] = weight.detach()  # type: ignore[attr-defined]
+    return copy.deepcopy(module)
+
+
+def explain(module: nn.Module) -> str:
+    """What ``fuse`` made of a network, a line for each transposed convolution.
+
+    Raises ValueError for a network that it did not make.
+    """
+    layers = getattr(module, "_fastgen_layers", None)
+    if layers is None:
+        raise ValueError("module: is none that fastgen.fuse returned")
+    return "\n".join(map(_told, layers)) or "no transposed convolution was found"
+
+
+def _told(layer: Layer) -> str:
+    parts = [p for p in (layer.norm, layer.activation) if p]
+    done = f"with {' and '.join(parts)}" if parts else "alone"
+    return f"{layer.name or 'the module'}: {done}" + (f" ({layer.why})" if layer.why else "")
+
+
+# ---- what is found -------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """Through modules of the user's own, whose parts it sees."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            return False
+        return super().is_leaf_module(module, name) or parametrize.is_parametrized(module)
+
+
+@contextlib.contextmanager
+def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
+    for m, _ in modes:
+        m.training = training
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def _traced(module: nn.Module) -> tuple[fx.Graph, bool] | None:
+    """(its graph, whether it is the same in training), or None."""
+    graphs = []
+    for training in (False, True):
+        with _in_mode(module, training):
+            try:
+                graphs.append(_Tracer().trace(module))
+            except Exception as error:
+                logger.info("fuse: torch.fx cannot trace %s: %s", type(module).__name__, error)
+                return None
+    return graphs[0], str(graphs[0]) == str(graphs[1])
+
+
+def _convs(module: nn.Module) -> list[str]:
+    return [n for n, m in module.named_modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)]
+
+
+def _traceable(module: nn.Module, path: str = "") -> Iterator[tuple[str, fx.Graph | None]]:
+    """(path, graph) of the largest modules that torch.fx can trace; None: of one that it cannot,
+    which has transposed convolutions of its own."""
+    if not _convs(module):
+        return
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        yield path, None
+        return
+    traced = None if isinstance(module, nn.ModuleList | nn.ModuleDict) else _traced(module)
+    if traced is not None:
+        graph, same = traced
+        graph._fastgen_same = same  # type: ignore[attr-defined]
+        yield path, graph
+        return
+    for name, child in module.named_children():
+        yield from _traceable(child, f"{path}.{name}" if path else name)
+
+
+def _matches(module: nn.Module, graph: fx.Graph) -> list[_Match]:
+    calls = Counter(n.target for n in graph.nodes if n.op == "call_module")
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        conv = module.get_submodule(name)
+        if not isinstance(conv, nn.modules.conv._ConvTransposeNd):
+            continue
+        if calls[name] > 1:
+            found.append(_Match(name, None, None, 0.2, None, None, "it is called more than once"))
+            continue
+        if conv._forward_hooks or getattr(conv, "activation", None):
+            why = "it has hooks" if conv._forward_hooks else "it has its activation"
+            found.append(_Match(name, None, None, 0.2, None, None, why))
+            continue
+        last, norm, why = node, None, ""
+        behind, why = _only_user(last)
+        if behind is not None and behind.op == "call_module":
+            candidate = module.get_submodule(str(behind.target))
+            refusal = _norm_refusal(candidate, calls[behind.target])
+            if refusal == "":
+                norm, last = str(behind.target), behind
+                behind, why = _only_user(last)
+            elif refusal is not None:
+                found.append(_Match(name, None, None, 0.2, None, None, refusal))
+                continue
+        activation, slope = _activation(module, behind) if behind is not None else (None, 0.2)
+        if activation is None:
+            found.append(_Match(name, norm, None, 0.2, None, None, why))
+            continue
+        assert behind is not None
+        own = behind.op == "call_module" and calls[behind.target] == 1
+        found.append(_Match(name, norm, activation, slope, str(behind.target) if own else None,
+                            None if own else behind.name, ""))  # fmt: skip
+    return found
+
+
+def _only_user(node: fx.Node) -> tuple[fx.Node | None, str]:
+    """What alone reads a node's result first, and why none does."""
+    users = list(node.users)
+    if len(users) != 1:
+        return None, "its result is read more than once"
+    user = users[0]
+    if not user.args or user.args[0] is not node or list(user.all_input_nodes) != [node]:
+        return None, ""
+    return user, ""
+
+
+def _norm_refusal(norm: nn.Module, calls: int) -> str | None:
+    """Why a module behind cannot be folded, "" where it can, None where it is no normalisation."""
+    kind = type(norm).__name__
+    if isinstance(norm, nn.GroupNorm | nn.LayerNorm | nn.LocalResponseNorm):
+        return f"{kind} has statistics of the sample"
+    if not isinstance(norm, nn.modules.batchnorm._NormBase):
+        return None
+    if type(norm) not in PASSED:
+        return f"{kind} is none that can be folded"
+    if norm.running_mean is None or norm.running_var is None:
+        return f"{kind} has statistics of the sample"
+    if norm._forward_hooks or norm._forward_pre_hooks:
+        return f"{kind} has hooks"
+    if calls > 1:
+        return f"{kind} is called more than once"
+    return ""
+
+
+def _activation(module: nn.Module, node: fx.Node) -> tuple[str | None, float]:
+    if node.op == "call_module":
+        act: Any = module.get_submodule(str(node.target))
+        name = _MODULES.get(type(act))
+        if name is None or act._forward_hooks or act._forward_pre_hooks:
+            return None, 0.2
+        if name == "gelu" and act.approximate != "none":
+            return None, 0.2
+        return name, float(act.negative_slope) if name == "leaky_relu" else 0.2
+    if node.op not in ("call_function", "call_method"):
+        return None, 0.2
+    name = _FUNCTIONS.get(node.target)
+    if name is None:
+        return None, 0.2
+    slope: Any = 0.2
+    if name == "leaky_relu":
+        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+        if not isinstance(slope, float | int):
+            return None, 0.2
+    if name == "gelu" and (len(node.args) > 1 or node.kwargs.get("approximate", "none") != "none"):
+        return None, 0.2
+    return name, float(slope)
+
+
+# ---- what is made of it --------------------------------------------------------------------------
+
+
+def _rewritten(
+    root: nn.Module, path: str, graph: fx.Graph | None, layers: list[Layer]
+) -> nn.Module:
+    """The network with the transposed convolutions of the module at ``path`` fused."""
+    owner = root.get_submodule(path)
+    if graph is None:
+        layers.append(_fused_conv(owner, path, _Match(path, None, None, 0.2, None, None,
+                                                      "torch.fx cannot trace what calls it"))
+                      )  # fmt: skip
+        return root
+    same = graph._fastgen_same  # type: ignore[attr-defined]
+    cut = []
+    seen = set()
+    for match in _matches(owner, graph):
+        if match.conv in seen:
+            continue
+        seen.add(match.conv)
+        if not same:
+            match = match._replace(norm=None, activation=None, act_module=None, act_node=None,
+                                   why="forward is another one in training")  # fmt: skip
+        conv = owner.get_submodule(match.conv)
+        full = f"{path}.{match.conv}" if path and match.conv else path or match.conv
+        norm = None if match.norm is None else owner.get_submodule(match.norm)
+        layer = _fused_conv(conv, full, match, norm)
+        layers.append(layer)
+        if layer.norm is not None and norm is not None:
+            norm.__class__ = PASSED[type(norm)]
+        if layer.activation is not None and match.act_module is not None:
+            owner.set_submodule(match.act_module, nn.Identity())
+        if layer.activation is not None and match.act_node is not None:
+            cut.append(match.act_node)
+    for name in _convs(owner):  # those that the graph does not reach
+        if name not in seen:
+            full = f"{path}.{name}" if path else name
+            why = "forward does not call it"
+            layers.append(_fused_conv(owner.get_submodule(name), full,
+                                      _Match(name, None, None, 0.2, None, None, why)))  # fmt: skip
+    if not cut:
+        return root
+    for node in list(graph.nodes):
+        if node.name in cut:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    made = fx.GraphModule(owner, graph, type(owner).__name__)
+    made.training = owner.training
+    if not path:
+        return made
+    root.set_submodule(path, made)
+    return root
+
+
+def _fused_conv(conv: nn.Module, name: str, match: _Match, norm: nn.Module | None = None) -> Layer:
+    told = Layer(name, None if norm is None else type(norm).__name__, match.activation, match.why)
+    cls = type(conv)
+    if isinstance(conv, _Fused):
+        return told._replace(norm=None, activation=None, why="it is fused already")
+    plain = cls.__mro__[1] if parametrize.is_parametrized(conv) else cls
+    if plain not in FUSED:
+        return told._replace(norm=None, activation=None, why=f"{cls.__name__} is left as it is")
+    for hook in list(conv._forward_pre_hooks.values()):
+        removed = _REMOVERS.get(type(hook).__name__)
+        if removed is not None:
+            what, remove = removed
+            remove(conv)
+            told = told._replace(why="; ".join(filter(None, (told.why, f"{what} removed"))))
+    conv.__class__ = FUSED[cls] if plain is cls else type(cls.__name__, (cls, FUSED[plain]), {})
+    if norm is not None:
+        conv.__dict__["_norm"], conv.__dict__["_norm_class"] = norm, type(norm)
+    if match.activation is not None:
+        conv.__dict__["activation"] = match.activation
+        conv.__dict__["negative_slope"] = match.slope
+    return told
+
+
+_REMOVERS: dict[str, tuple[str, Any]] = {
+    "WeightNorm": ("weight norm", nn.utils.remove_weight_norm),
+    "SpectralNorm": ("spectral norm", nn.utils.remove_spectral_norm),
+}
+
+
+def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
+    for child in module.modules():
+        if isinstance(child, _Fused):
+            child.memory_format = memory_format
+        elif isinstance(child, nn.Conv2d | nn.Conv3d):
+            last = memory_format is not torch.contiguous_format
+            own = {4: torch.channels_last, 5: torch.channels_last_3d}[child.weight.ndim]
+            child.to(memory_format=own if last else memory_format)  # type: ignore[call-overload]
+
+
+def _convert(module: nn.Module, dtype: torch.dtype) -> None:
+    for child in module.modules():
+        if type(child) in PASSED.values():
+            continue
+        tensors: list[dict[str, Any]] = [child._parameters, child._buffers]
+        for held in tensors:
+            for name, tensor in held.items():
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if isinstance(tensor, nn.Parameter):
+                    tensor.data = tensor.data.to(dtype)
+                else:
+                    held[name] = tensor.to(dtype)

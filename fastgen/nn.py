@@ -1,0 +1,236 @@
+"""Transposed convolution as modules: torch's, with an activation that costs nothing.
+
+``ConvTranspose1d``, ``2d`` and ``3d`` take the arguments of torch.nn's of the same names, share
+their ``state_dict`` and are subclasses of them, so that what looks for those finds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import backends, checks
+from .ops import conv_transpose as ops
+from .reference.conv_transpose import ACTIVATIONS
+
+_OPS = {1: ops.conv_transpose1d, 2: ops.conv_transpose2d, 3: ops.conv_transpose3d}
+
+
+class _ConvTranspose(nn.modules.conv._ConvTransposeNd):
+    """What the three share: torch's own initialisation, and a forward of one kernel."""
+
+    activation: str | None = None
+    negative_slope: float = 0.2
+    memory_format: torch.memory_format | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        activation: str | None = None,
+        negative_slope: float = 0.2,
+        memory_format: torch.memory_format | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        checks.one_of("activation", activation, ops.ACTIVATIONS)  # type: ignore[arg-type]
+        self.activation = activation
+        self.negative_slope = checks.number("negative_slope", negative_slope)
+        ops._is_last(memory_format, None)  # refuses what is none
+        self.memory_format = memory_format
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """act(conv_transpose(input)): (B, C_in, ...) to (B, C_out, ...), or both without B.
+
+        output_size: of the spatial dims (or of all), as in torch.nn: which of the sizes that
+        ``stride`` allows. Raises ValueError for one that it does not.
+        """
+        return self._run(input, output_size, self.weight, self.bias, None, None, self.activation)
+
+    def _run(
+        self, input: Tensor, output_size: Sequence[int] | None, weight: Tensor,
+        bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, activation: str | None,
+    ) -> Tensor:  # fmt: skip
+        dims = weight.ndim - 2
+        padding: Any = self.output_padding
+        if output_size is not None:
+            sizes: list[Any] = [self.stride, self.padding, self.kernel_size, self.dilation]
+            stride, pads, kernel, dilation = map(list, sizes)
+            padding = self._output_padding(input, list(output_size), stride, pads, kernel, dims,
+                                           dilation)  # fmt: skip
+        own: Any = self
+        return _OPS[dims](
+            input, weight, bias, own.stride, own.padding, tuple(padding), own.groups, own.dilation,
+            scale=scale, shift=shift, activation=activation,
+            negative_slope=self.negative_slope, memory_format=self.memory_format,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        shown = super().extra_repr()
+        if self.activation == "leaky_relu":
+            return f"{shown}, activation={self.activation!r}, slope={self.negative_slope}"
+        return f"{shown}, activation={self.activation!r}" if self.activation else shown
+
+
+class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    """``torch.nn.ConvTranspose1d`` with ``activation``: see ``fastgen.conv_transpose1d``.
+
+    activation, negative_slope: as there. memory_format: of the result, as there.
+    """
+
+
+class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d`` with ``activation``: see ``fastgen.conv_transpose2d``.
+
+    activation, negative_slope: as there. memory_format: of the result, as there.
+    """
+
+
+class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    """``torch.nn.ConvTranspose3d`` with ``activation``: see ``fastgen.conv_transpose3d``.
+
+    activation, negative_slope: as there. memory_format: of the result, as there.
+    """
+
+
+# ---- with a normalisation folded in, as ``fastgen.fuse`` makes them ------------------------------
+
+
+class _Passed:
+    """A normalisation that the layer before it computes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, in the layer before"  # type: ignore[misc]
+
+
+class PassedBatchNorm1d(_Passed, nn.BatchNorm1d): ...
+
+
+class PassedBatchNorm2d(_Passed, nn.BatchNorm2d): ...
+
+
+class PassedBatchNorm3d(_Passed, nn.BatchNorm3d): ...
+
+
+class PassedInstanceNorm1d(_Passed, nn.InstanceNorm1d): ...
+
+
+class PassedInstanceNorm2d(_Passed, nn.InstanceNorm2d): ...
+
+
+class PassedInstanceNorm3d(_Passed, nn.InstanceNorm3d): ...
+
+
+PASSED: dict[type[nn.Module], type[nn.Module]] = {
+    cls.__mro__[2]: cls
+    for cls in (
+        PassedBatchNorm1d, PassedBatchNorm2d, PassedBatchNorm3d,
+        PassedInstanceNorm1d, PassedInstanceNorm2d, PassedInstanceNorm3d,
+    )
+}  # fmt: skip
+
+
+def _state(*tensors: Tensor | None) -> tuple:
+    """Another value where any of the tensors has moved or changed."""
+    return tuple(
+        None if t is None else (-1 if t.is_inference() else t._version, _fingerprint(t))
+        for t in tensors
+    )
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    if tensor.is_cpu and backends._native is not None and tensor.dtype in backends.KERNEL_DTYPES:
+        return backends._native.fingerprint(tensor)
+    return tensor.data_ptr()
+
+
+class _Fused(_ConvTranspose):
+    """A transposed convolution with the normalisation behind it, which stays where it was."""
+
+    _norm: Any = None  # not a child: it has its place in the network
+    _norm_class: Any = None
+    _kept: tuple[tuple, Any] | None = None  # of the folded normalisation
+    _kept_weight: tuple[tuple, Tensor] | None = None  # of a parametrization
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        weight, norm = self._own_weight(), self._norm
+        if norm is None:
+            return self._run(input, output_size, weight, self.bias, None, None, self.activation)
+        if norm.training:  # by the batch's own statistics
+            y = self._run(input, output_size, weight, self.bias, None, None, None)
+            y = self._norm_class.forward(norm, y)
+            return ACTIVATIONS[self.activation](y, self.negative_slope)
+        scale, shift = self._scale_and_shift()
+        return self._run(input, output_size, weight, self.bias, scale, shift, self.activation)
+
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The normalisation with fixed statistics: scale and shift of each channel, float32."""
+        norm = self._norm
+        parts = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        if torch.compiler.is_compiling() or _differentiated(parts):
+            return _folded(*parts, norm.eps)
+        state = _state(*parts)
+        if self._kept is None or self._kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self.__dict__["_kept"] = state, _folded(*parts, norm.eps)
+        assert self._kept is not None
+        return self._kept[1]
+
+    def _own_weight(self) -> Tensor:
+        """The weight; that of a parametrization is computed where what it is made of has changed,
+        so that it stays packed."""
+        if not parametrize.is_parametrized(self, "weight"):
+            return self.weight
+        made_of: Any = self.parametrizations
+        made_of = made_of.weight
+        parts = (*made_of.parameters(), *made_of.buffers())
+        if self.training or torch.compiler.is_compiling() or _differentiated(parts):
+            return self.weight
+        state = _state(*parts)
+        if self._kept_weight is None or self._kept_weight[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self.__dict__["_kept_weight"] = state, self.weight
+        assert self._kept_weight is not None
+        return self._kept_weight[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_kept", "_kept_weight")}
+
+    def extra_repr(self) -> str:
+        shown = super().extra_repr()
+        return shown if self._norm is None else f"{shown}, norm={self._norm_class.__name__}"
+
+
+def _differentiated(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _folded(
+    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(variance.float() + eps)
+    scale = scale if weight is None else scale * weight.float()
+    shift = -mean.float() * scale
+    return scale, shift if bias is None else shift + bias.float()
+
+
+class FusedConvTranspose1d(_Fused, nn.ConvTranspose1d): ...
+
+
+class FusedConvTranspose2d(_Fused, nn.ConvTranspose2d): ...
+
+
+class FusedConvTranspose3d(_Fused, nn.ConvTranspose3d): ...
+
+
+FUSED = {
+    nn.ConvTranspose1d: FusedConvTranspose1d, nn.ConvTranspose2d: FusedConvTranspose2d,
+    nn.ConvTranspose3d: FusedConvTranspose3d, ConvTranspose1d: FusedConvTranspose1d,
+    ConvTranspose2d: FusedConvTranspose2d, ConvTranspose3d: FusedConvTranspose3d,
+}  # fmt: skip
