@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kBlockBytes = 768 << 10;  // of inputs laid out, which stay in the second cache
 constexpr int64_t kBandBytes = 192 << 10;   // of a band, whose channels lie on pages of their own
+constexpr int64_t kManyTiles = 8;           // of a block, for which its weights are read once
 constexpr int64_t kShares = 3;              // tasks a thread at least
 constexpr int64_t kSlack = 64;              // words behind them that a tile may read
 
@@ -63,6 +64,7 @@ struct Cut {
     int tile;           // positions of a tile, but for the last
     int64_t block;      // tiles of a block
     int64_t blocks, parts;
+    int64_t taps;   // laid out at a time: long sums go on from one part of them to the next
     int64_t first;  // task
 };
 
@@ -219,7 +221,18 @@ class Worker {
             int64_t tiles = pieces(cut.positions, most_);
             const bool fixed = rows_ || m_.operands == Operands::kTiles;
             cut.tile = fixed ? most_ : int(pieces(cut.positions, tiles));
-            const int64_t fits = kBlockBytes / (tile_words(product, cut.tile) * word_ + 1);
+            const int64_t tap_bytes = tap_words(cut.tile) * word_;
+            cut.taps = product.offsets.size();
+            // Where few tiles fit, and no sum of kPartial products is cut, fewer taps at a time:
+            // then the weights are read for more tiles at once.
+            if (kBlockBytes < kManyTiles * cut.taps * tap_bytes && phases_.depth % 64 == 0) {
+                cut.taps = kBlockBytes / (kManyTiles * tap_bytes);
+                if (cut.taps < 1) cut.taps = 1;
+            }
+            int64_t fits = kBlockBytes / (cut.taps * tap_bytes + 1);
+            const int64_t sums = int64_t{m_.rows} * kMostColumns * 4 * panels(product);
+            if (cut.taps < int64_t(product.offsets.size()) && fits * sums > kBlockBytes)
+                fits = kBlockBytes / sums;
             cut.blocks = fits < 1 ? tiles : pieces(tiles, fits);
             cut.block = pieces(tiles, cut.blocks);
             cut.blocks = pieces(tiles, cut.block);
@@ -238,12 +251,14 @@ class Worker {
 
     // ---- tasks ----
 
+    // The taps of a sum that are at hand.
+    struct Sum {
+        int64_t begin, end, all;
+    };
+
     // Words of a tap of a tile that is laid out by itself, and of all its taps.
     int64_t tap_words(int tile) const {
         return words_ * (place_ == Place::kPositions ? pieces(tile, 16) * 16 : tile);
-    }
-    int64_t tile_words(const Product& product, int tile) const {
-        return product.offsets.size() * tap_words(tile);
     }
 
     const char* input_of(int64_t group) const {
@@ -263,24 +278,29 @@ class Worker {
         const int64_t first = block * cut.block * cut.tile;
         const int64_t left = cut.positions - first, all = cut.block * cut.tile;
         const int64_t positions = left < all ? left : all;
-        const int64_t words = tile_words(product, cut.tile);
+        const int64_t words = cut.taps * tap_words(cut.tile);
         char* laid = room_.of((cut.block * words + kSlack) * word_);
         Row* at = reinterpret_cast<Row*>(row_room_.of(positions * sizeof(Row)));
         find_rows(product, first, positions, at);
-        std::vector<int64_t>& offsets = offsets_;
-        offsets.clear();
-        for (size_t tap = 0; tap < product.offsets.size(); ++tap)
-            offsets.push_back(tap * tap_words(cut.tile));
-        for (int64_t done = 0; done < positions; done += cut.tile) {
-            const int count = int(positions - done < cut.tile ? positions - done : cut.tile);
-            char* to = laid + done / cut.tile * words * word_;
-            for (size_t tap = 0; tap < product.offsets.size(); ++tap)
-                lay_out(product.offsets[tap], input_of(group), at + done, count,
-                        to + offsets[tap] * word_, cut.tile);
-        }
-        const Inputs inputs{laid, offsets.data(), place_ == Place::kPositions ? pitch_ : cut.tile,
-                            int(offsets.size()), phases_.depth};
-        multiply(product, group, inputs, words * word_, positions, cut.tile, at, part, cut.parts);
+        offsets_.clear();
+        for (int64_t tap = 0; tap < cut.taps; ++tap) offsets_.push_back(tap * tap_words(cut.tile));
+        const int64_t pitch = place_ == Place::kPositions ? pitch_ : cut.tile;
+        Sum sum{0, 0, int64_t(product.offsets.size())};
+        do {
+            sum.end = sum.begin + cut.taps < sum.all ? sum.begin + cut.taps : sum.all;
+            for (int64_t done = 0; done < positions; done += cut.tile) {
+                const int count = int(positions - done < cut.tile ? positions - done : cut.tile);
+                char* to = laid + done / cut.tile * words * word_;
+                for (int64_t tap = sum.begin; tap < sum.end; ++tap)
+                    lay_out(product.offsets[tap], input_of(group), at + done, count,
+                            to + offsets_[tap - sum.begin] * word_, cut.tile);
+            }
+            const Inputs inputs{laid,          offsets_.data(), pitch,   int(sum.end - sum.begin),
+                                phases_.depth, false,           nullptr, 0};
+            multiply(product, group, inputs, words * word_, positions, cut.tile, at, part,
+                     cut.parts, sum);
+            sum.begin = sum.end;
+        } while (sum.end < sum.all);
     }
 
     void find_rows(const Product& product, int64_t first, int64_t count, Row* rows) const {
@@ -410,8 +430,11 @@ class Worker {
                                             b.left + own[2].low + tap[2] - origin[2]));
             const bool fixed = rows_ || m_.operands == Operands::kTiles;
             const int tile = fixed ? most_ : int(pieces(positions, pieces(positions, most_)));
-            const Inputs inputs{laid, offsets_.data(), pitch, int(offsets_.size()), phases_.depth};
-            multiply(product, group, inputs, tile * step, positions, tile, at, part, b.parts);
+            const Inputs inputs{laid,          offsets_.data(), pitch,   int(offsets_.size()),
+                                phases_.depth, false,           nullptr, 0};
+            const int64_t taps = offsets_.size();
+            multiply(product, group, inputs, tile * step, positions, tile, at, part, b.parts,
+                     {0, taps, taps});
         }
     }
 
@@ -463,32 +486,49 @@ class Worker {
 
     // All positions, `tile_bytes` from tile to tile, by a part of the weights.
     void multiply(const Product& product, int64_t group, Inputs inputs, int64_t tile_bytes,
-                  int64_t positions, int tile, const Row* at, int64_t part, int64_t parts) {
+                  int64_t positions, int tile, const Row* at, int64_t part, int64_t parts,
+                  const Sum& sum) {
         const int64_t count = outputs(product), most = span(product);
         const int64_t padded = padded_weights(phases_, product, phases_.geometry.out_channels, m_);
-        const int64_t all = panels(product), depth = inputs.taps * phases_.depth;
-        const int64_t begin = all * part / parts * most;
+        const int64_t all = panels(product), begin = all * part / parts * most;
         int64_t end = all * (part + 1) / parts * most;
         if (end > padded) end = padded;
         if (begin >= end) return;
         float* vectors = reinterpret_cast<float*>(vector_room_.of(3 * (end - begin) * 4));
-        lay_out_vectors(product, group, begin, end, count, vectors);
+        if (sum.end == sum.all) lay_out_vectors(product, group, begin, end, count, vectors);
         const int64_t size = m_.operands == Operands::kFloats ? 4 : 2;
         const char* weights = static_cast<const char*>(p_.weight) +
                               (group * phases_.weights + product.weights) * size;
         const char* base = static_cast<const char*>(inputs.base);
-        alignas(64) float c[kMostRows * kMostColumns];
+        const int64_t tiles = pieces(positions, tile);
+        const bool whole = sum.begin == 0 && sum.end == sum.all;
+        alignas(64) float own[kMostRows * kMostColumns];
+        const int64_t room = int64_t{m_.rows} * kMostColumns;  // of a tile's sums
+        float* sums = whole ? own
+                            : reinterpret_cast<float*>(
+                                  sum_room_.of(pieces(end - begin, most) * tiles * room * 4));
+        inputs.add = sum.begin > 0;
         for (int64_t n = begin; n < end; n += most) {
             const int some = int(end - n < most ? end - n : most);
             const int used = int(count - n < some ? count - n : some);
-            const char* panel = weights + n * depth * size;
-            for (int64_t done = 0; done < positions; done += tile) {
+            const int64_t tap_bytes = some * phases_.depth * size;
+            const char* panel =
+                weights + n * sum.all * phases_.depth * size + sum.begin * tap_bytes;
+            const char* next = panel + sum.all * tap_bytes;
+            const int64_t lines = n + most < end ? inputs.taps * tap_bytes / 64 : 0;
+            for (int64_t index = 0; index < tiles; ++index) {
+                const int64_t done = index * tile;
                 const int here = int(positions - done < tile ? positions - done : tile);
-                inputs.base = base + done / tile * tile_bytes;
+                float* c = whole ? own : sums + ((n - begin) / most * tiles + index) * room;
+                inputs.base = base + index * tile_bytes;
+                // a share of the next panel for each tile of this one
+                inputs.ahead = next + lines * index / tiles * 64;
+                inputs.ahead_lines = lines * (index + 1) / tiles - lines * index / tiles;
                 if (rows_)
                     m_.by_columns(inputs, panel, c, some, here);
                 else
                     (banded_ ? m_.by_rows : m_.by_panels)(inputs, panel, c, here, some);
+                if (sum.end < sum.all) continue;
                 finish(vectors + (n - begin), end - begin, c, rows_ ? used : here,
                        rows_ ? width_of(here) : some);
                 store(product, group, at + done, here, n, used, c);
@@ -698,10 +738,11 @@ class Worker {
     std::vector<Cut> cuts_;
     int64_t tasks_ = 0;
     std::vector<int64_t> offsets_;
-    Buffer &room_ = rooms()[0], &row_room_ = rooms()[1], &vector_room_ = rooms()[2];
+    Buffer &room_ = rooms()[0], &row_room_ = rooms()[1], &vector_room_ = rooms()[2],
+           &sum_room_ = rooms()[3];
 
     static Buffer* rooms() {
-        static thread_local Buffer held[3];
+        static thread_local Buffer held[4];
         return held;
     }
 };

@@ -37,7 +37,10 @@ void multiply_tile(const Inputs& x, const float* weights, float* c) {
     for (int i = 0; i < R; ++i)
         for (int v = 0; v < V; ++v) sum[i][v] = Vector{};
     int64_t pitch = x.pitch, pending = 0;
-    bool first = true;
+    const char *ahead = x.ahead, *ahead_end = ahead + 64 * x.ahead_lines;
+    const int64_t chunks = x.taps * ((x.depth + kPartial - 1) / kPartial);
+    const int64_t ahead_step = chunks > 0 ? 64 * ((x.ahead_lines + chunks - 1) / chunks) : 0;
+    bool first = !x.add;
     for (int tap = 0; tap < x.taps; ++tap) {
         const float* inputs = static_cast<const float*>(x.base) + x.offsets[tap];
         for (int64_t done = 0; done < x.depth; done += kPartial) {
@@ -60,6 +63,8 @@ void multiply_tile(const Inputs& x, const float* weights, float* c) {
                 if (kRowsApart) rows.next();
             }
             weights = C ? a : b;
+            for (int64_t line = 0; line < ahead_step && ahead < ahead_end; line += 64, ahead += 64)
+                __builtin_prefetch(ahead, 0, 2);
             pending += count;
             if (pending < kPartial) continue;
             pending = 0;

@@ -23,6 +23,10 @@ struct Inputs {
     int64_t pitch;
     int taps;
     int64_t depth;
+    bool add;  // to what c holds
+    // What to fetch into the second cache meanwhile: the weights of a later tile.
+    const char* ahead;
+    int64_t ahead_lines;
 };
 
 struct Multiplier {

@@ -20,7 +20,9 @@ void multiply_tile(const Inputs& x, const uint32_t* weights, float* c) {
     constexpr bool kRowsApart = W == Way::kRows, C = W == Way::kColumns;
     __m512 sum[R][V];
     for (int i = 0; i < R; ++i)
-        for (int v = 0; v < V; ++v) sum[i][v] = _mm512_setzero_ps();
+        for (int v = 0; v < V; ++v)
+            sum[i][v] =
+                x.add ? _mm512_loadu_ps(c + i * kMostColumns + v * 16) : _mm512_setzero_ps();
     constexpr int kWords = kRowsApart ? 2 : 1;  // numbers of a word
     int64_t pitch = x.pitch / kWords;
     for (int tap = 0; tap < x.taps; ++tap) {
@@ -86,10 +88,18 @@ void end() { _tile_release(); }
 // halves beside each other. C: inputs as columns, and weights as rows.
 template <int A, int B, bool C>
 void multiply_tiles(const Inputs& x, const uint16_t* weights, float* c) {
-    _tile_zero(0);
-    if constexpr (B == 2) _tile_zero(1);
-    if constexpr (A == 2) _tile_zero(2);
-    if constexpr (A == 2 && B == 2) _tile_zero(3);
+    constexpr int kPitch = kMostColumns * 4;
+    if (x.add) {
+        _tile_loadd(0, c, kPitch);
+        if constexpr (B == 2) _tile_loadd(1, c + 16, kPitch);
+        if constexpr (A == 2) _tile_loadd(2, c + 16 * kMostColumns, kPitch);
+        if constexpr (A == 2 && B == 2) _tile_loadd(3, c + 16 * kMostColumns + 16, kPitch);
+    } else {
+        _tile_zero(0);
+        if constexpr (B == 2) _tile_zero(1);
+        if constexpr (A == 2) _tile_zero(2);
+        if constexpr (A == 2 && B == 2) _tile_zero(3);
+    }
     constexpr int64_t kWeights = kTile * (C ? A : B);
     const int64_t bytes = x.pitch * (C ? 4 : 2);  // from row to row of a tile
     const int64_t step = C ? 16 * bytes : 64, half = C ? 64 : 16 * bytes;
@@ -111,7 +121,6 @@ void multiply_tiles(const Inputs& x, const uint16_t* weights, float* c) {
             if constexpr (A == 2 && B == 2) _tile_dpbf16ps(3, 5, 7);
         }
     }
-    constexpr int kPitch = kMostColumns * 4;
     _tile_stored(0, c, kPitch);
     if constexpr (B == 2) _tile_stored(1, c + 16, kPitch);
     if constexpr (A == 2) _tile_stored(2, c + 16 * kMostColumns, kPitch);
