@@ -48,6 +48,7 @@ class _Match(NamedTuple):
     act_module: str | None  # to be replaced
     act_node: str | None  # to be cut out of the graph
     why: str
+    next: str | None = None  # the transposed convolution that alone reads the result
 
 
 def fuse(
@@ -69,8 +70,9 @@ def fuse(
 
     inplace: change ``module`` itself, instead of a copy. dtype: of parameters and buffers, and of
         the input to come; those of folded normalisations stay as they are. memory_format: of the
-        transposed convolutions' results, and of the weights of all others;
-        torch.channels_last is the fastest in bfloat16. None: that of their input.
+        transposed convolutions' results and of the weights of the other convolutions:
+        torch.channels_last, or torch.contiguous_format. None: as it comes, but with channels last
+        between transposed convolutions that follow each other, and contiguous behind them.
 
     Returns a module of the same class; where an activation is a function in ``forward``, which is
     then written anew, a torch.fx.GraphModule. ``explain`` says what was fused, and what not.
@@ -209,14 +211,22 @@ def _matches(module: nn.Module, graph: fx.Graph) -> list[_Match]:
                 found.append(_Match(name, None, None, 0.2, None, None, refusal))
                 continue
         activation, slope = _activation(module, behind) if behind is not None else (None, 0.2)
-        if activation is None:
-            found.append(_Match(name, norm, None, 0.2, None, None, why))
+        if activation is None or behind is None:
+            found.append(_Match(name, norm, None, 0.2, None, None, why, _next(module, last)))
             continue
-        assert behind is not None
         own = behind.op == "call_module" and calls[behind.target] == 1
         found.append(_Match(name, norm, activation, slope, str(behind.target) if own else None,
-                            None if own else behind.name, ""))  # fmt: skip
+                            None if own else behind.name, "", _next(module, behind)))  # fmt: skip
     return found
+
+
+def _next(module: nn.Module, node: fx.Node) -> str | None:
+    user, _ = _only_user(node)
+    if user is None or user.op != "call_module":
+        return None
+    conv = module.get_submodule(str(user.target))
+    is_conv = isinstance(conv, nn.modules.conv._ConvTransposeNd) and conv.groups == 1
+    return str(user.target) if is_conv else None
 
 
 def _only_user(node: fx.Node) -> tuple[fx.Node | None, str]:
@@ -288,7 +298,8 @@ def _rewritten(
     same = graph._fastgen_same  # type: ignore[attr-defined]
     cut = []
     seen = set()
-    for match in _matches(owner, graph):
+    matches = _matches(owner, graph)
+    for match in matches:
         if match.conv in seen:
             continue
         seen.add(match.conv)
@@ -306,6 +317,8 @@ def _rewritten(
             owner.set_submodule(match.act_module, nn.Identity())
         if layer.activation is not None and match.act_node is not None:
             cut.append(match.act_node)
+    if same:
+        _lay_out_chains(owner, [m for m in matches if m.next is not None])
     for name in _convs(owner):  # those that the graph does not reach
         if name not in seen:
             full = f"{path}.{name}" if path else name
@@ -324,6 +337,18 @@ def _rewritten(
         return made
     root.set_submodule(path, made)
     return root
+
+
+def _lay_out_chains(owner: nn.Module, chained: list[_Match]) -> None:
+    """Between transposed convolutions that follow each other results have their channels last,
+    which is faster; the end of a chain is contiguous."""
+    inner = {match.conv for match in chained}
+    for match in chained:
+        ends = (match.conv, torch.channels_last), (match.next, torch.contiguous_format)
+        for name, layout in ends:
+            conv: Any = owner.get_submodule(str(name))
+            if isinstance(conv, _Fused) and (name == match.conv or name not in inner):
+                conv.memory_format = layout
 
 
 def _fused_conv(conv: nn.Module, name: str, match: _Match, norm: nn.Module | None = None) -> Layer:

@@ -25,7 +25,7 @@ class _ConvTranspose(nn.modules.conv._ConvTransposeNd):
 
     activation: str | None = None
     negative_slope: float = 0.2
-    memory_format: torch.memory_format | None = None
+    _last: bool | None = None  # torch.save cannot pickle a memory format
 
     def __init__(
         self,
@@ -36,11 +36,24 @@ class _ConvTranspose(nn.modules.conv._ConvTransposeNd):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        checks.one_of("activation", activation, ops.ACTIVATIONS)  # type: ignore[arg-type]
+        if activation is not None:
+            checks.one_of("activation", activation, [a for a in ops.ACTIVATIONS if a])
         self.activation = activation
         self.negative_slope = checks.number("negative_slope", negative_slope)
-        ops._is_last(memory_format, None)  # refuses what is none
         self.memory_format = memory_format
+
+    @property
+    def memory_format(self) -> torch.memory_format | None:
+        """Of the result; None: as the input."""
+        if self._last is None:
+            return None
+        if not self._last:
+            return torch.contiguous_format
+        return torch.channels_last_3d if self.weight.ndim == 5 else torch.channels_last
+
+    @memory_format.setter
+    def memory_format(self, value: torch.memory_format | None) -> None:
+        self._last = ops._is_last(value, None)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """act(conv_transpose(input)): (B, C_in, ...) to (B, C_out, ...), or both without B.
@@ -214,10 +227,11 @@ def _differentiated(tensors: Sequence[Tensor | None]) -> bool:
 def _folded(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    scale = torch.rsqrt(variance.float() + eps)
-    scale = scale if weight is None else scale * weight.float()
-    shift = -mean.float() * scale
-    return scale, shift if bias is None else shift + bias.float()
+    dtype = torch.float64 if variance.dtype is torch.float64 else torch.float32
+    scale = torch.rsqrt(variance.to(dtype) + eps)
+    scale = scale if weight is None else scale * weight.to(dtype)
+    shift = -mean.to(dtype) * scale
+    return scale, shift if bias is None else shift + bias.to(dtype)
 
 
 class FusedConvTranspose1d(_Fused, nn.ConvTranspose1d): ...

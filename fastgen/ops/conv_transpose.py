@@ -87,7 +87,7 @@ def _conv_transpose(
     activation, negative_slope, out, backend, memory_format,
 ) -> Tensor:  # fmt: skip
     last = _is_last(memory_format, out)
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+    if isinstance(input, Tensor) and _is_autocast(input.device.type):
         input, weight = (_as_autocast(t, input.device.type) for t in (input, weight))
     operands = (input, weight, bias, scale, shift)
     options = (stride, padding, output_padding, groups, dilation, activation)
@@ -187,6 +187,11 @@ def _sizes(name: str, value: Any, dims: int, low: int) -> tuple[int, ...]:
 Checked = tuple[tuple[Any, Any, Any, Any, Any], tuple[int, ...], str]
 
 _known: dict[tuple | None, Checked] = {}  # what was found valid on the CPU, by all that was seen
+
+
+def _is_autocast(device_type: str) -> bool:
+    known = device_type == "cpu" or torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
 
 
 def _as_autocast(operand, device_type: str):
