@@ -26,6 +26,7 @@ class Layer:
         padding: int,
         activation: str,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
 
@@ -34,8 +35,10 @@ class Layer:
 
         self.dims, self.stride, self.padding = len(shape) - 2, stride, padding
         self.activation, self.device = activation, device
-        self.x = normal(*shape)
-        self.weight = 0.02 * normal(shape[1], outputs, *[kernel] * self.dims)
+        self.x = normal(*shape).to(dtype)
+        weight = 0.02 * normal(shape[1], outputs, *[kernel] * self.dims)
+        # a parameter, as a network holds it
+        self.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
         self.norm = self.scale = self.shift = None
         if activation == "relu":
             mean, var = 0.1 * normal(outputs), normal(outputs).square() + 0.5
@@ -49,7 +52,9 @@ class Layer:
         y = transpose(x, weight, None, self.stride, self.padding)
         if self.norm is not None:
             y = F.batch_norm(y, *(t.to(y.dtype) for t in self.norm))
-        return F.relu(y) if self.activation == "relu" else getattr(torch, self.activation)(y)
+        if self.activation == "leaky_relu":
+            return F.leaky_relu(y, 0.2)
+        return F.relu(y) if self.activation == "relu" else torch.tanh(y)
 
     def ours(self, x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
         transpose = fastgen.conv_transpose1d if self.dims == 1 else fastgen.conv_transpose2d
@@ -60,7 +65,7 @@ class Layer:
         y = self.ours(self.x, self.weight)
         per_input = 2 * self.weight[0].numel() * self.x.shape[1]
         flops = per_input * self.x[:, 0].numel()
-        bytes_ = 4 * (self.x.numel() + self.weight.numel() + y.numel())
+        bytes_ = self.x.element_size() * (self.x.numel() + self.weight.numel() + y.numel())
         return Case(op, label, reason, bytes_, flops, tuple(self.x.shape))
 
     def race(self, race, case: Case) -> None:
@@ -78,6 +83,7 @@ class Layer:
             variants["compile autotuned"] = torch.compile(self.eager, dynamic=False, mode=mode)
         if self.dims == 2:
             x, weight = (t.to(memory_format=torch.channels_last) for t in (self.x, self.weight))
+            weight = torch.nn.Parameter(weight, requires_grad=False)
             variants["fastgen channels_last"] = lambda *_: self.ours(x, weight)
             variants["eager channels_last"] = lambda *_: self.eager(x, weight)
 
@@ -105,19 +111,26 @@ class Frozen(torch.nn.Module):
         return self.layer.eager(x, self.weight)
 
 
+DTYPES = {"": torch.float32, ", bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("layer", DCGAN, ids=lambda c: f"{c[0]}x{c[2]}x{c[2]} to {c[1]}")
-def test_dcgan(batch, layer, race, device):
+def test_dcgan(batch, layer, dtype, race, device):
     inputs, outputs, size, stride, padding, activation = layer
-    made = Layer((batch, inputs, size, size), outputs, 4, stride, padding, activation, device)
-    label = f"{inputs}x{size}x{size} to {outputs}, batch {batch}"
+    made = Layer((batch, inputs, size, size), outputs, 4, stride, padding, activation, device,
+                 DTYPES[dtype])  # fmt: skip
+    label = f"{inputs}x{size}x{size} to {outputs}, batch {batch}{dtype}"
     made.race(race, made.case("conv_transpose2d", label, "a layer of DCGAN's generator"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", VOCODER, ids=lambda c: f"{c[0]}x{c[2]} to {c[1]}")
-def test_vocoder(layer, race, device):
+def test_vocoder(layer, dtype, race, device):
     inputs, outputs, length, kernel, stride = layer
     padding = (kernel - stride) // 2
-    made = Layer((1, inputs, length), outputs, kernel, stride, padding, "tanh", device)
-    label = f"{inputs}x{length} to {outputs}, batch 1"
+    made = Layer((1, inputs, length), outputs, kernel, stride, padding, "leaky_relu", device,
+                 DTYPES[dtype])  # fmt: skip
+    label = f"{inputs}x{length} to {outputs}, batch 1{dtype}"
     made.race(race, made.case("conv_transpose1d", label, "an upsampling layer of HiFi-GAN V1"))

@@ -21,6 +21,7 @@ OPS = (
     "noise",
     "reparameterize",
     "conv_transpose",
+    "fuse",
     "sampling",
     "diffusers",
     "sizes",
@@ -66,9 +67,10 @@ DCGAN = (
     (128, 3, 32, 2, 1, "tanh"),
 )
 # C_in, C_out, length, kernel, stride: a vocoder's upsampling (HiFi-GAN V1, Kong et al., 2020).
+# One second of 22,050 Hz.
 VOCODER = (
-    (512, 256, 32, 16, 8),
-    (256, 128, 256, 16, 8),
-    (128, 64, 2048, 4, 2),
-    (64, 32, 4096, 4, 2),
+    (512, 256, 86, 16, 8),
+    (256, 128, 688, 16, 8),
+    (128, 64, 5504, 4, 2),
+    (64, 32, 11008, 4, 2),
 )

@@ -381,13 +381,14 @@ _REMOVERS: dict[str, tuple[str, Any]] = {
 
 
 def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
+    last = memory_format is not torch.contiguous_format
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for child in module.modules():
         if isinstance(child, _Fused):
             child.memory_format = memory_format
-        elif isinstance(child, nn.Conv2d | nn.Conv3d):
-            last = memory_format is not torch.contiguous_format
-            own = {4: torch.channels_last, 5: torch.channels_last_3d}[child.weight.ndim]
-            child.to(memory_format=own if last else memory_format)  # type: ignore[call-overload]
+        if isinstance(child, nn.modules.conv._ConvNd) and child.weight.ndim in formats:
+            own = formats[child.weight.ndim] if last else memory_format
+            child.to(memory_format=own)  # type: ignore[call-overload]
 
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:
