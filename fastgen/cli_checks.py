@@ -98,8 +98,8 @@ def add_bench(commands: Any) -> None:
     )
     bench.add_argument(
         "ops", nargs="*", metavar="op",
-        help="which benchmarks: step, guidance, forward, noise, reparameterize, conv_transpose, fuse, "
-        "sampling, diffusers, sizes, process; all if none",
+        help="which benchmarks: step, guidance, forward, noise, reparameterize, conv_transpose, "
+        "fuse, sampling, diffusers, sizes, process; all if none",
     )  # fmt: skip
     bench.add_argument(
         "--against",

@@ -55,6 +55,8 @@ std::vector<Class> classes_of(const ConvTransposeGeometry& g, int dim, bool merg
 // product.
 constexpr double kPacking = 24.0, kApart = 16.0;
 
+constexpr int64_t kLongSum = 3072;
+
 }  // namespace
 
 int64_t padded_weights(const Phases& phases, const Product& product, int64_t out_channels,
@@ -105,10 +107,20 @@ Phases phases_of(const ConvTransposeGeometry& g, const Multiplier& multiplier) {
     Phases phases{};
     phases.geometry = g;
     phases.multiplier = &multiplier;
+    // Channels apart: the products as for channels side by side, and single numbers stored, where
+    // the sums are long beside it; else the orders whose rows are rows of the output.
+    int64_t longest = 0;
+    for (const Class& d : dims[0][chosen >> 2])
+        for (const Class& h : dims[1][chosen >> 1 & 1])
+            for (const Class& w : dims[2][chosen & 1]) {
+                const int64_t taps = d.offsets.size() * h.offsets.size() * w.offsets.size();
+                if (taps * g.in_channels > longest) longest = taps * g.in_channels;
+            }
     const bool interleaved = dims[2][chosen & 1].front().residues.size() > 2;
-    phases.order = !g.planar     ? Order::kChannelsInner
-                   : interleaved ? Order::kPhasesInner
-                                 : Order::kRows;
+    phases.order = !g.planar             ? Order::kChannelsInner
+                   : interleaved         ? Order::kPhasesInner
+                   : longest >= kLongSum ? Order::kChannelsInner
+                                         : Order::kRows;
     phases.depth = (g.in_channels + multiplier.depth - 1) / multiplier.depth * multiplier.depth;
     uint64_t digest = 14695981039346656037u;  // Fowler, Noll & Vo's hash
     const auto mix = [&](uint64_t value) { digest = (digest ^ value) * 1099511628211u; };
