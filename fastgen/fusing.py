@@ -49,6 +49,7 @@ class _Match(NamedTuple):
     act_node: str | None  # to be cut out of the graph
     why: str
     next: str | None = None  # the transposed convolution that alone reads the result
+    ends: bool = False  # the result is the module's own
 
 
 def fuse(
@@ -72,7 +73,8 @@ def fuse(
         the input to come; those of folded normalisations stay as they are. memory_format: of the
         transposed convolutions' results and of the weights of the other convolutions:
         torch.channels_last, or torch.contiguous_format. None: as it comes, but with channels last
-        between transposed convolutions that follow each other, and contiguous behind them.
+        between transposed convolutions that follow each other, and contiguous where the last one's
+        is the network's.
 
     Returns a module of the same class; where an activation is a function in ``forward``, which is
     then written anew, a torch.fx.GraphModule. ``explain`` says what was fused, and what not.
@@ -212,21 +214,24 @@ def _matches(module: nn.Module, graph: fx.Graph) -> list[_Match]:
                 continue
         activation, slope = _activation(module, behind) if behind is not None else (None, 0.2)
         if activation is None or behind is None:
-            found.append(_Match(name, norm, None, 0.2, None, None, why, _next(module, last)))
-            continue
-        own = behind.op == "call_module" and calls[behind.target] == 1
-        found.append(_Match(name, norm, activation, slope, str(behind.target) if own else None,
-                            None if own else behind.name, "", _next(module, behind)))  # fmt: skip
+            match, last = _Match(name, norm, None, 0.2, None, None, why), last
+        else:
+            own = behind.op == "call_module" and calls[behind.target] == 1
+            match, last = _Match(name, norm, activation, slope,
+                                 str(behind.target) if own else None,
+                                 None if own else behind.name, ""), behind  # fmt: skip
+        user, _ = _only_user(last)
+        ends = [user.op for user in last.users] == ["output"]
+        found.append(match._replace(next=_conv_of(module, user), ends=ends))
     return found
 
 
-def _next(module: nn.Module, node: fx.Node) -> str | None:
-    user, _ = _only_user(node)
-    if user is None or user.op != "call_module":
+def _conv_of(module: nn.Module, node: fx.Node | None) -> str | None:
+    if node is None or node.op != "call_module":
         return None
-    conv = module.get_submodule(str(user.target))
+    conv = module.get_submodule(str(node.target))
     is_conv = isinstance(conv, nn.modules.conv._ConvTransposeNd) and conv.groups == 1
-    return str(user.target) if is_conv else None
+    return str(node.target) if is_conv else None
 
 
 def _only_user(node: fx.Node) -> tuple[fx.Node | None, str]:
@@ -318,7 +323,7 @@ def _rewritten(
         if layer.activation is not None and match.act_node is not None:
             cut.append(match.act_node)
     if same:
-        _lay_out_chains(owner, [m for m in matches if m.next is not None])
+        _lay_out_chains(owner, matches)
     for name in _convs(owner):  # those that the graph does not reach
         if name not in seen:
             full = f"{path}.{name}" if path else name
@@ -339,16 +344,16 @@ def _rewritten(
     return root
 
 
-def _lay_out_chains(owner: nn.Module, chained: list[_Match]) -> None:
+def _lay_out_chains(owner: nn.Module, matches: list[_Match]) -> None:
     """Between transposed convolutions that follow each other results have their channels last,
-    which is faster; the end of a chain is contiguous."""
-    inner = {match.conv for match in chained}
-    for match in chained:
-        ends = (match.conv, torch.channels_last), (match.next, torch.contiguous_format)
-        for name, layout in ends:
-            conv: Any = owner.get_submodule(str(name))
-            if isinstance(conv, _Fused) and (name == match.conv or name not in inner):
-                conv.memory_format = layout
+    which is faster; where the end of a chain is the module's result, that is contiguous."""
+    behind = {match.next for match in matches if match.next is not None}
+    for match in matches:
+        conv: Any = owner.get_submodule(match.conv)
+        if isinstance(conv, _Fused) and match.next is not None:
+            conv.memory_format = torch.channels_last
+        elif isinstance(conv, _Fused) and match.conv in behind and match.ends:
+            conv.memory_format = torch.contiguous_format
 
 
 def _fused_conv(conv: nn.Module, name: str, match: _Match, norm: nn.Module | None = None) -> Layer:

@@ -43,7 +43,7 @@ def test_generators_give_the_same_images(name, last):
         exact = copy.deepcopy(net).double()(x.double())
         y = fused(x)
         assert_close_to_oracle(y, net(x), exact, times=4.0, rounding=1e-6)
-        if not last:
+        if not last and name != "VAE decoder":  # whose last layer is no transposed convolution
             assert y.is_contiguous()
         alone = fused(x[1:])
     torch.testing.assert_close(alone, y[1:], rtol=1e-4, atol=1e-5)

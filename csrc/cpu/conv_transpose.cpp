@@ -610,45 +610,46 @@ class Worker {
         }
     }
 
-    template <typename Element>
-    FASTGEN_INLINE static void store_run(const float* from, int count, Element* to) {
-        if (count == 8) {
-            for (int j = 0; j < 8; ++j) from_float(from[j], to[j]);
-        } else if (count == 4) {
-            for (int j = 0; j < 4; ++j) from_float(from[j], to[j]);
-        } else {
-            for (int j = 0; j < count; ++j) from_float(from[j], to[j]);
-        }
-    }
-
     // c[position][phase]: the phases of a row of the output side by side.
     template <typename Element>
     void store_phases(const Product& product, int64_t group, const Row* at, int count, int64_t n,
                       int used, const float* c) {
         const ConvTransposeGeometry& g = phases_.geometry;
-        const int64_t step = p_.out.stride[3];
-        const int across = product.across;
+        struct Piece {  // of a panel: neighbours in the output
+            int first, count;
+            int64_t phase;
+            Element* out;
+        } pieces[kMostColumns];
+        int found = 0;
         for (int done = 0; done < used;) {
             const auto [phase, channel] = output_of(product, n + done);
-            const int most = across - int(phase % across);
+            const int most = product.across - int(phase % product.across);
             const int run = used - done < most ? used - done : most;
-            const Coordinates& shift = product.shifts[phase];
-            const bool dense = run == g.stride[2] && step == 1;
-            Element* out = place<Element>(group, channel, shift);
-            for (int i = 0; i < count; ++i) {
-                const float* from = c + i * kMostColumns + done;
-                Element* to = out + at[i].out;
-                if (dense && at[i].interior) {
-                    store_run(from, run, to);
-                    continue;
-                }
-                for (int j = 0; j < run; ++j) {
-                    const Coordinates& own = product.shifts[phase + j];
-                    if (is_inside(at[i].q, own, g.stride, g.out_size))
-                        from_float(from[j], place<Element>(group, channel, own)[at[i].out]);
+            pieces[found++] = {done, run, phase,
+                               place<Element>(group, channel, product.shifts[phase])};
+            done += run;
+        }
+        const bool dense = product.across == g.stride[2] && p_.out.stride[3] == 1;
+        const int64_t along = p_.out.stride[3];
+        for (int i = 0; i < count; ++i) {
+            Element line[kMostColumns];
+            for (int j = 0; j < kMostColumns; ++j) from_float(c[i * kMostColumns + j], line[j]);
+            for (const Piece* piece = pieces; piece < pieces + found; ++piece) {
+                Element* to = piece->out + at[i].out;
+                const Element* from = line + piece->first;
+                if (dense && at[i].interior && piece->count == 8) {
+                    __builtin_memcpy(to, from, 8 * sizeof(Element));
+                } else if (dense && at[i].interior) {
+                    for (int j = 0; j < piece->count; ++j) to[j] = from[j];
+                } else {
+                    const int64_t shift = product.shifts[piece->phase][2];
+                    for (int j = 0; j < piece->count; ++j) {
+                        const Coordinates& own = product.shifts[piece->phase + j];
+                        if (is_inside(at[i].q, own, g.stride, g.out_size))
+                            to[(own[2] - shift) * along] = from[j];
+                    }
                 }
             }
-            done += run;
         }
     }
 
