@@ -64,12 +64,17 @@ def _gpu(device: str) -> dict[str, str]:
 
 
 def _rates(device: str) -> dict[str, float]:
-    """What the machine can do: GFLOP/s of a matrix product in float32."""
+    """What the machine can do: GFLOP/s of matrix products, GB/s of a copy beyond the caches."""
     n = 1024 if device == "cpu" else 8192
-    a, b, c = (torch.randn(n, n, device=device) for _ in range(3))
-    run = {"gemm": lambda a, b: torch.mm(a, b, out=c)}
-    timing = interleaved(run, [(a, b)], rounds=9)["gemm"]
-    return {"gemm_gflops": 2 * n**3 / timing.minimum / 1e3}
+    found = {}
+    for name, dtype in (("gemm_gflops", torch.float32), ("gemm_gflops_bf16", torch.bfloat16)):
+        a, b, c = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+        run = {"gemm": lambda a, b, c=c: torch.mm(a, b, out=c)}
+        timing = interleaved(run, [(a, b)], rounds=9)["gemm"]
+        found[name] = 2 * n**3 / timing.minimum / 1e3
+    x, y = (torch.ones(1 << 25, device=device) for _ in range(2))
+    timing = interleaved({"copy": lambda x: y.copy_(x)}, [(x,)], rounds=9)["copy"]
+    return found | {"copy_gbps": 8 * x.numel() / timing.minimum / 1e3}
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def _table(op: str, results: Results) -> Table:
     cases = results.cases(op)
     variants = list(dict.fromkeys(name for found in cases.values() for name in found))
     peers = [name for name in variants if name != "fastgen"]
-    heavy = op.startswith("conv_transpose")
+    heavy = _is_heavy(op)
     table = Table(title=op, title_justify="left", title_style="bold")
     table.add_column("case")
     table.add_column("fastgen\nµs (p99)", justify="right")
@@ -157,13 +157,23 @@ def _time(record: Record) -> str:
 def share(found: dict[str, Record], results: Results) -> str:
     """Of the rate that the same run measured: of a copy as large, or of a matrix product."""
     ours, copy = found["fastgen"], found.get("copy_")
-    if ours.op.startswith("conv_transpose"):
-        return f"{ours.gflops / results.machine['gemm_gflops']:.0%}"
+    if _is_heavy(ours.op):
+        return f"{ours.gflops / _gemm(ours, results):.0%}"
     if copy is None:
         return ""
     # copy_ reads one tensor of the case's and writes one; each of ours is as large
     moved = 2 * _tensor_bytes(ours)
     return f"{(ours.bytes / ours.median) / (moved / copy.median):.0%}"
+
+
+def _is_heavy(op: str) -> bool:
+    return op.startswith("conv_transpose") or op == "fuse"
+
+
+def _gemm(record: Record, results: Results) -> float:
+    """GFLOP/s of a matrix product of the record's dtype."""
+    name = "gemm_gflops_bf16" if "bfloat16" in record.case else "gemm_gflops"
+    return float(results.machine.get(name) or results.machine["gemm_gflops"])
 
 
 def _tensor_bytes(record: Record) -> int:
@@ -224,7 +234,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     written = []
-    for name, picture in (("speedup", _speedups), ("roofline", _roofline), ("sizes", _sizes)):
+    for name, picture in (("speedup", _speedups), ("roofline", _roofline), ("sizes", _sizes),
+                          ("layers", _layers)):  # fmt: skip
         figure = picture(results, pyplot)
         if figure is None:
             continue
@@ -243,7 +254,8 @@ COLORS = {"eager": "#d1495b", "compile": "#edae49", "diffusers": "#00798c",
 def _speedups(results: Results, pyplot):
     """A bar a peer and case, on a logarithmic scale; beyond 1, fastgen is faster."""
     cases = {k: v for k, v in results.cases().items()
-             if "fastgen" in v and k[0] != "sizes" and len(_peers(v)) > 0}  # fmt: skip
+             if "fastgen" in v and k[0] != "sizes" and not _is_heavy(k[0])
+             and _peers(v)}  # fmt: skip
     peers = list(dict.fromkeys(p for v in cases.values() for p in _peers(v)))
     if not cases or not peers:
         return None
@@ -272,7 +284,8 @@ def _peers(found: dict[str, Record]) -> list[str]:
 def _roofline(results: Results, pyplot):
     """Arithmetic a byte against arithmetic a second, beneath the machine's two limits."""
     points = [v["fastgen"] for k, v in results.cases().items()
-              if "fastgen" in v and k[0] != "sizes" and v["fastgen"].flops]  # fmt: skip
+              if "fastgen" in v and k[0] != "sizes" and not _is_heavy(k[0])
+              and v["fastgen"].flops]  # fmt: skip
     copies = [2 * _tensor_bytes(r) / r.median / 1e3 for r in results.records
               if r.variant == "copy_" and _tensor_bytes(r) >= 1 << 24]  # fmt: skip
     if not points or not copies:
@@ -292,6 +305,48 @@ def _roofline(results: Results, pyplot):
     axes.set_title(f"copy {bandwidth:.0f} GB/s from memory, matmul {peak:.0f} GFLOP/s; small cases "
                    "lie in the caches", fontsize=8)  # fmt: skip
     axes.legend(fontsize=6)
+    return figure
+
+
+def _best(found: dict[str, Record], ours: bool) -> Record | None:
+    """The fastest of fastgen's, or of the others'."""
+    chosen = [r for name, r in found.items()
+              if is_ours(name) == ours and name != "fastgen reference"]  # fmt: skip
+    return min(chosen, key=lambda r: r.median) if chosen else None
+
+
+def _layers(results: Results, pyplot):
+    """Transposed convolutions and generators: the fastest peer's time over the fastest of ours, and
+    every layer beneath the machine's limits."""
+    pairs = [(key, _best(found, True), _best(found, False))
+             for key, found in results.cases().items() if _is_heavy(key[0])]  # fmt: skip
+    pairs = [pair for pair in pairs if pair[1] and pair[2]]
+    if not pairs:
+        return None
+    figure, (bars, axes) = pyplot.subplots(1, 2, figsize=(13, 0.22 * len(pairs) + 1.5))
+    colors = ["#d1495b" if "bfloat16" in key[1] else "#003d5b" for key, _, _ in pairs]
+    bars.barh(range(len(pairs)), [p.median / o.median for _, o, p in pairs], color=colors)
+    bars.set_yticks(range(len(pairs)), [case for (_, case), _, _ in pairs], fontsize=7)
+    bars.invert_yaxis()
+    bars.axvline(1, color="black", linewidth=0.8)
+    bars.set_xlabel("time of the fastest peer over fastgen's (red: bfloat16)")
+    bandwidth = results.machine.get("copy_gbps")
+    for dtype, color, name in (("float32", "#003d5b", "gemm_gflops"),
+                               ("bfloat16", "#d1495b", "gemm_gflops_bf16")):  # fmt: skip
+        mine = [o for (op, _), o, _ in pairs
+                if op != "fuse" and ("bfloat16" in o.case) == (dtype == "bfloat16")]  # fmt: skip
+        axes.scatter([o.flops / o.bytes for o in mine], [o.gflops for o in mine], s=18,
+                     color=color, label=dtype)  # fmt: skip
+        peak = results.machine.get(name)
+        if bandwidth and peak:
+            span, knee = [1.0, 1000.0], peak / bandwidth
+            axes.plot([span[0], knee, span[1]], [bandwidth * span[0], peak, peak], color=color)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("arithmetic a byte that must be moved")
+    axes.set_ylabel("GFLOP/s of a layer; lines: copy_ from memory, and matmul")
+    axes.legend(fontsize=7)
+    figure.suptitle(describe(results.machine), fontsize=7)
     return figure
 
 

@@ -186,26 +186,30 @@ void conv_transpose_pack(py::handle weight, py::handle packed, const ConvTranspo
     cpu_kernels().conv_transpose_pack(p, threads);
 }
 
-// A number that is another one where the tensor has moved or changed: of all elements of a small
-// one, of some of a large one.
+// A number that is another one where the tensor has moved or changed: of all numbers of a small
+// one, of a thousand of a large one.
 uint64_t fingerprint(py::handle tensor) {
+    constexpr int64_t kMost = 1024;
     View view;
     look_at(tensor.ptr(), view);
-    const int64_t elements = view.elements(), most = elements <= 256 ? elements : 64;
-    const int64_t size = view.dtype == kFloat32 ? 4 : 2;
-    uint64_t digest = reinterpret_cast<uintptr_t>(view.data);
+    const int64_t elements = view.elements(), size = view.dtype == kFloat32 ? 4 : 2;
+    const int64_t most = elements < kMost ? elements : kMost;
+    int64_t reach = 1;
+    for (int dim = 0; dim < view.ndim; ++dim) reach += (view.size[dim] - 1) * view.stride[dim];
+    const bool dense = reach == elements;  // then their order does not matter
+    const char* data = static_cast<const char*>(view.data);
+    uint64_t digest[4] = {uint64_t(reinterpret_cast<uintptr_t>(data)), 1, 2, 3};
     for (int64_t i = 0; i < most; ++i) {
-        int64_t rest = most == elements ? i : i * (elements / most) + i % 7, offset = 0;
-        for (int dim = view.ndim - 1; dim >= 0; --dim) {
+        int64_t rest = elements / most * i + i % (elements / most), offset = dense ? rest : 0;
+        for (int dim = view.ndim - 1; dim >= 0 && !dense; --dim) {
             offset += rest % view.size[dim] * view.stride[dim];
             rest /= view.size[dim];
         }
-        uint64_t bits = 0;
-        memcpy(&bits, static_cast<const char*>(view.data) + offset * size, size);
-        digest = (digest ^ bits) * 1099511628211u;
-        digest ^= digest >> 29;
+        uint32_t bits = 0;
+        memcpy(&bits, data + offset * size, size);
+        digest[i % 4] = (digest[i % 4] ^ bits) * 0x9E3779B97F4A7C15u;
     }
-    return digest;
+    return (digest[0] ^ digest[1] >> 7) * 31 + (digest[2] ^ digest[3] >> 9);
 }
 
 // in and out: (B, C, [D, [H,]] W).

@@ -282,6 +282,43 @@ def test_weights_changed_in_any_way_are_seen():
         case.check(backend="cpu")
 
 
+def test_one_weight_serves_several_groups():
+    for dtype in DTYPES:
+        case = layer(2, 8, 12, 5, 5, dtype=dtype, k=3, stride=2)
+        for groups in (1, 2, 4, 1):
+            vectors = [normal(12 * groups, seed=s) for s in (3, 4)]
+            Case(case.input, case.weight, None, case.geometry | {"groups": groups},
+                 *vectors, "relu").check(backend="cpu")  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_in_training_are_never_old(fused):
+    weight = torch.nn.Parameter(normal(64, 48, 4, 4, seed=1))
+    optimizer = torch.optim.SGD([weight], 0.1, fused=fused)  # fused leaves the version as it is
+    x = normal(2, 64, 8, 8)
+    for _ in range(3):
+        fastgen.conv_transpose2d(x, weight, stride=2)[:, 3, 5, 5].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            Case(x, weight.detach().clone(), None, {"stride": 2}).check(backend="cpu")
+            y = fastgen.conv_transpose2d(x, weight, stride=2)
+            assert_bitwise(y, fastgen.conv_transpose2d(x, weight.clone(), stride=2))
+
+
+@pytest.mark.parametrize("isa", PRODUCT_ISAS)
+def test_strides_beyond_the_kernel(isa):
+    native, chosen = backends.native(), backends.native().isa()
+    try:
+        native.choose_isa(isa)
+        for k, stride in ((1, 2), (1, 19), (2, 3), (2, 40), (3, 70)):
+            for dtype in DTYPES:
+                layer(2, 5, 7, 3, 2, dtype=dtype, k=k, stride=stride).check(backend="cpu")
+                layer(1, 3, 4, 6, dtype=dtype, k=k, dilation=stride).check(backend="cpu")
+    finally:
+        native.choose_isa(chosen)
+
+
 def test_packed_weights_go_with_their_weights():
     case = layer(2, 64, 48, 8, 8, stride=2, padding=1)
     before = set(conv_transpose_cpu._packed)

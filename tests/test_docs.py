@@ -32,6 +32,15 @@ def test_readme():
     assert type(given["pipe"].scheduler) is fastgen.integrations.diffusers.DDIMScheduler
 
 
+def test_generators():
+    first, freezing = blocks("docs/generators.md")
+    given = {}
+    exec(first, given)
+    assert fastgen.explain(given["fast"]).count("with BatchNorm2d and relu") == 2
+    assert given["images"].shape == (16, 3, 16, 16)
+    assert "torch._inductor.config.freezing = True" in freezing  # compiles for seconds: not run
+
+
 def test_solvers():
     image = fastgen.randn((2, 1, 4, 4), seed=1)
     levels = fastgen.denoiser_levels(fastgen.sigmas.karras(30))

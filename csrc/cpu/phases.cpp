@@ -116,7 +116,8 @@ Phases phases_of(const ConvTransposeGeometry& g, const Multiplier& multiplier) {
                 const int64_t taps = d.offsets.size() * h.offsets.size() * w.offsets.size();
                 if (taps * g.in_channels > longest) longest = taps * g.in_channels;
             }
-    const bool interleaved = dims[2][chosen & 1].front().residues.size() > 2;
+    bool interleaved = false;
+    for (const Class& w : dims[2][chosen & 1]) interleaved |= w.residues.size() > 2;
     phases.order = !g.planar             ? Order::kChannelsInner
                    : interleaved         ? Order::kPhasesInner
                    : longest >= kLongSum ? Order::kChannelsInner
@@ -124,6 +125,9 @@ Phases phases_of(const ConvTransposeGeometry& g, const Multiplier& multiplier) {
     phases.depth = (g.in_channels + multiplier.depth - 1) / multiplier.depth * multiplier.depth;
     uint64_t digest = 14695981039346656037u;  // Fowler, Noll & Vo's hash
     const auto mix = [&](uint64_t value) { digest = (digest ^ value) * 1099511628211u; };
+    for (int64_t value :
+         {g.groups, g.in_channels, g.out_channels, g.kernel[0], g.kernel[1], g.kernel[2]})
+        mix(value);
     mix(uint64_t(multiplier.operands) << 16 | uint64_t(phases.order) << 8 | multiplier.columns);
     for (const Class& d : dims[0][chosen >> 2])
         for (const Class& h : dims[1][chosen >> 1 & 1])

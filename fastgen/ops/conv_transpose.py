@@ -55,8 +55,8 @@ def conv_transpose2d(
         (B, L, C) in memory); not beside ``out``.
 
     On the CPU the weight is kept in the order that the kernel reads, a second copy, for as long as
-    it lives and stays the same (a change through ``.data`` of single numbers is not seen: write in
-    place under ``torch.no_grad``). A sample's result does not depend on its batch there, where
+    it lives and stays the same, but for training (what is written through ``.data`` is seen by a
+    thousand numbers of a large weight: write single ones under ``torch.no_grad``). A sample's result does not depend on its batch there, where
     ``ops.conv_transpose_cpu.is_packed`` chooses our product and not PyTorch's.
 
     Under ``torch.autocast`` input and weight take its dtype, as in PyTorch.
@@ -126,6 +126,8 @@ def _conv_transpose(
         y = launch(name, *arguments, target, last)
     else:
         y = torch.ops.fastgen.conv_transpose(*arguments, name, last)
+        if weight.requires_grad and torch.is_grad_enabled():
+            conv_transpose_cpu.forget(weight)
     if not batched:
         y = y.squeeze(0)
     if out is None:

@@ -126,6 +126,11 @@ def packed(weight: Tensor, layout: Any) -> Tensor:
     return data
 
 
+def forget(weight: Tensor) -> None:
+    """Of a weight that is trained: some optimizers change it and leave its version as it is."""
+    _packed.pop(id(weight), None)
+
+
 def _forget(key: int, of: weakref.ref[Tensor]) -> None:
     known = _packed.get(key)
     if known is not None and known.weight is of:
