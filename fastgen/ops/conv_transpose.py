@@ -56,8 +56,9 @@ def conv_transpose2d(
 
     On the CPU the weight is kept in the order that the kernel reads, a second copy, for as long as
     it lives and stays the same, but for training (what is written through ``.data`` is seen by a
-    thousand numbers of a large weight: write single ones under ``torch.no_grad``). A sample's result does not depend on its batch there, where
-    ``ops.conv_transpose_cpu.is_packed`` chooses our product and not PyTorch's.
+    thousand numbers of a large weight: write single ones under ``torch.no_grad``). A sample's
+    result does not depend on its batch there, where ``ops.conv_transpose_cpu.is_packed`` chooses
+    our product and not PyTorch's.
 
     Under ``torch.autocast`` input and weight take its dtype, as in PyTorch.
     The error against float64 is at most twice that of PyTorch's own operators. Gradients reach
