@@ -312,10 +312,10 @@ def test_strides_beyond_the_kernel(isa):
     try:
         native.choose_isa(isa)
         for k, stride in ((1, 2), (1, 19), (2, 3), (2, 40), (3, 70)):
-            for dtype in DTYPES:
+            # torch 2.13 itself crashes with bfloat16 where kernel and stride are 3 and 70
+            for dtype in DTYPES if stride < 70 else DTYPES[:1]:
                 layer(2, 5, 7, 3, 2, dtype=dtype, k=k, stride=stride).check(backend="cpu")
-                reach = min(stride, 7)  # PyTorch's own crashes at some of bfloat16 from there on
-                layer(1, 3, 4, 6, dtype=dtype, k=k, dilation=reach).check(backend="cpu")
+                layer(1, 3, 4, 6, dtype=dtype, k=k, dilation=stride).check(backend="cpu")
     finally:
         native.choose_isa(chosen)
 
