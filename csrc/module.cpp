@@ -199,6 +199,9 @@ uint64_t fingerprint(py::handle tensor) {
     const bool dense = reach == elements;  // then their order does not matter
     const char* data = static_cast<const char*>(view.data);
     uint64_t digest[4] = {uint64_t(reinterpret_cast<uintptr_t>(data)), 1, 2, 3};
+    for (int dim = 0; dim < view.ndim; ++dim)
+        for (int64_t value : {view.size[dim], view.stride[dim]})
+            digest[dim % 4] = (digest[dim % 4] ^ uint64_t(value)) * 0x9E3779B97F4A7C15u;
     for (int64_t i = 0; i < most; ++i) {
         int64_t rest = elements / most * i + i % (elements / most), offset = dense ? rest : 0;
         for (int dim = view.ndim - 1; dim >= 0 && !dense; --dim) {

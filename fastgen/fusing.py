@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -49,7 +50,6 @@ class _Match(NamedTuple):
     act_node: str | None  # to be cut out of the graph
     why: str
     next: str | None = None  # the transposed convolution that alone reads the result
-    ends: bool = False  # the result is the module's own
 
 
 def fuse(
@@ -73,11 +73,13 @@ def fuse(
         the input to come; those of folded normalisations stay as they are. memory_format: of the
         transposed convolutions' results and of the weights of the other convolutions:
         torch.channels_last, or torch.contiguous_format. None: as it comes, but with channels last
-        between transposed convolutions that follow each other, and contiguous where the last one's
-        is the network's.
+        between transposed convolutions that follow each other, and contiguous behind them.
 
-    Returns a module of the same class; where an activation is a function in ``forward``, which is
-    then written anew, a torch.fx.GraphModule. ``explain`` says what was fused, and what not.
+    What torch.fx cannot trace must call its blocks whole, not a layer of one by itself.
+
+    Returns a module of the same class; where an activation is a function in ``forward``, that is
+    written anew, of a subclass, which torch.save cannot save but by its ``state_dict``.
+    ``explain`` says what was fused, and what not.
     Raises TypeError for what is no module, ValueError for another dtype than float32, bfloat16,
     float16, float64 and for an unknown memory format.
     """
@@ -88,8 +90,11 @@ def fuse(
     ops._is_last(memory_format, None)
     made = module if inplace else _copied(module)
     layers: list[Layer] = []
-    for path, owner in list(_traceable(made)):
-        made = _rewritten(made, path, owner, layers)
+    places = Counter(id(child) for m in made.modules() for child in m._modules.values())
+    for path, graph in list(
+        _traceable(_copied(made))
+    ):  # tracing runs forward, which may leave marks
+        _rewrite(made, path, graph, places, layers)
     if memory_format is not None:
         _lay_out(made, memory_format)
     if dtype is not None:
@@ -150,16 +155,26 @@ def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _traced(module: nn.Module) -> tuple[fx.Graph, bool] | None:
-    """(its graph, whether it is the same in training), or None."""
-    graphs = []
-    for training in (False, True):
-        with _in_mode(module, training):
+    """(its graph, whether it is the same in training, with gradients, and with the defaults of
+    ``forward``), or None."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    ways: list[tuple[bool, bool, dict | None]] = [
+        (False, True, None), (True, True, None), (False, False, None),
+    ]  # fmt: skip
+    ways += [(False, True, defaults)] if defaults else []
+    graphs, told = [], []
+    for training, grad, given in ways:
+        with _in_mode(module, training), torch.set_grad_enabled(grad):
             try:
-                graphs.append(_Tracer().trace(module))
+                graphs.append(_Tracer().trace(module, given))
             except Exception as error:
                 logger.info("fuse: torch.fx cannot trace %s: %s", type(module).__name__, error)
                 return None
-    return graphs[0], str(graphs[0]) == str(graphs[1])
+        inner = [n for n in graphs[-1].nodes if n.op not in ("placeholder", "output")]
+        told.append([(n.op, n.target, str(n.args), str(n.kwargs)) for n in inner])
+    constants = any(n.op == "get_attr" and "_constant" in str(n.target) for n in graphs[0].nodes)
+    return graphs[0], not constants and all(other == told[0] for other in told)
 
 
 def _convs(module: nn.Module) -> list[str]:
@@ -184,7 +199,7 @@ def _traceable(module: nn.Module, path: str = "") -> Iterator[tuple[str, fx.Grap
         yield from _traceable(child, f"{path}.{name}" if path else name)
 
 
-def _matches(module: nn.Module, graph: fx.Graph) -> list[_Match]:
+def _matches(module: nn.Module, graph: fx.Graph, places: Counter[int]) -> list[_Match]:
     calls = Counter(n.target for n in graph.nodes if n.op == "call_module")
     found = []
     for node in graph.nodes:
@@ -194,18 +209,18 @@ def _matches(module: nn.Module, graph: fx.Graph) -> list[_Match]:
         conv = module.get_submodule(name)
         if not isinstance(conv, nn.modules.conv._ConvTransposeNd):
             continue
-        if calls[name] > 1:
+        if calls[name] > 1 or places[id(conv)] > 1:
             found.append(_Match(name, None, None, 0.2, None, None, "it is called more than once"))
             continue
-        if conv._forward_hooks or getattr(conv, "activation", None):
-            why = "it has hooks" if conv._forward_hooks else "it has its activation"
+        if _is_patched(conv) or getattr(conv, "activation", None):
+            why = "it has hooks" if _is_patched(conv) else "it has its activation"
             found.append(_Match(name, None, None, 0.2, None, None, why))
             continue
         last, norm, why = node, None, ""
         behind, why = _only_user(last)
         if behind is not None and behind.op == "call_module":
             candidate = module.get_submodule(str(behind.target))
-            refusal = _norm_refusal(candidate, calls[behind.target])
+            refusal = _norm_refusal(candidate, max(calls[behind.target], places[id(candidate)]))
             if refusal == "":
                 norm, last = str(behind.target), behind
                 behind, why = _only_user(last)
@@ -217,12 +232,12 @@ def _matches(module: nn.Module, graph: fx.Graph) -> list[_Match]:
             match, last = _Match(name, norm, None, 0.2, None, None, why), last
         else:
             own = behind.op == "call_module" and calls[behind.target] == 1
+            own = own and places[id(module.get_submodule(str(behind.target)))] == 1
             match, last = _Match(name, norm, activation, slope,
                                  str(behind.target) if own else None,
                                  None if own else behind.name, ""), behind  # fmt: skip
         user, _ = _only_user(last)
-        ends = [user.op for user in last.users] == ["output"]
-        found.append(match._replace(next=_conv_of(module, user), ends=ends))
+        found.append(match._replace(next=_conv_of(module, user)))
     return found
 
 
@@ -232,6 +247,12 @@ def _conv_of(module: nn.Module, node: fx.Node | None) -> str | None:
     conv = module.get_submodule(str(node.target))
     is_conv = isinstance(conv, nn.modules.conv._ConvTransposeNd) and conv.groups == 1
     return str(node.target) if is_conv else None
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether it does more than its class says."""
+    hooks = module._forward_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
 def _only_user(node: fx.Node) -> tuple[fx.Node | None, str]:
@@ -256,7 +277,7 @@ def _norm_refusal(norm: nn.Module, calls: int) -> str | None:
         return f"{kind} is none that can be folded"
     if norm.running_mean is None or norm.running_var is None:
         return f"{kind} has statistics of the sample"
-    if norm._forward_hooks or norm._forward_pre_hooks:
+    if _is_patched(norm) or norm._forward_pre_hooks:
         return f"{kind} has hooks"
     if calls > 1:
         return f"{kind} is called more than once"
@@ -267,7 +288,7 @@ def _activation(module: nn.Module, node: fx.Node) -> tuple[str | None, float]:
     if node.op == "call_module":
         act: Any = module.get_submodule(str(node.target))
         name = _MODULES.get(type(act))
-        if name is None or act._forward_hooks or act._forward_pre_hooks:
+        if name is None or _is_patched(act) or act._forward_pre_hooks:
             return None, 0.2
         if name == "gelu" and act.approximate != "none":
             return None, 0.2
@@ -290,27 +311,27 @@ def _activation(module: nn.Module, node: fx.Node) -> tuple[str | None, float]:
 # ---- what is made of it --------------------------------------------------------------------------
 
 
-def _rewritten(
-    root: nn.Module, path: str, graph: fx.Graph | None, layers: list[Layer]
-) -> nn.Module:
-    """The network with the transposed convolutions of the module at ``path`` fused."""
+def _rewrite(
+    root: nn.Module, path: str, graph: fx.Graph | None, places: Counter[int], layers: list[Layer]
+) -> None:
+    """Fuses the transposed convolutions of the module at ``path``."""
     owner = root.get_submodule(path)
     if graph is None:
-        layers.append(_fused_conv(owner, path, _Match(path, None, None, 0.2, None, None,
-                                                      "torch.fx cannot trace what calls it"))
-                      )  # fmt: skip
-        return root
+        why = "torch.fx cannot trace what calls it"
+        layers.append(_fused_conv(owner, path, _Match(path, None, None, 0.2, None, None, why)))
+        return
     same = graph._fastgen_same  # type: ignore[attr-defined]
     cut = []
     seen = set()
-    matches = _matches(owner, graph)
+    matches = _matches(owner, graph, places)
     for match in matches:
         if match.conv in seen:
             continue
         seen.add(match.conv)
         if not same:
             match = match._replace(norm=None, activation=None, act_module=None, act_node=None,
-                                   why="forward is another one in training")  # fmt: skip
+                                   next=None, why="forward is another one in training, without "
+                                   "gradients or with its defaults")  # fmt: skip
         conv = owner.get_submodule(match.conv)
         full = f"{path}.{match.conv}" if path and match.conv else path or match.conv
         norm = None if match.norm is None else owner.get_submodule(match.norm)
@@ -331,28 +352,25 @@ def _rewritten(
             layers.append(_fused_conv(owner.get_submodule(name), full,
                                       _Match(name, None, None, 0.2, None, None, why)))  # fmt: skip
     if not cut:
-        return root
+        return
     for node in list(graph.nodes):
         if node.name in cut:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    made = fx.GraphModule(owner, graph, type(owner).__name__)
-    made.training = owner.training
-    if not path:
-        return made
-    root.set_submodule(path, made)
-    return root
+    forward = type(fx.GraphModule(owner, graph)).forward
+    cls = type(owner)
+    owner.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
 def _lay_out_chains(owner: nn.Module, matches: list[_Match]) -> None:
     """Between transposed convolutions that follow each other results have their channels last,
-    which is faster; where the end of a chain is the module's result, that is contiguous."""
+    which is faster; the end of a chain is contiguous."""
     behind = {match.next for match in matches if match.next is not None}
     for match in matches:
         conv: Any = owner.get_submodule(match.conv)
         if isinstance(conv, _Fused) and match.next is not None:
             conv.memory_format = torch.channels_last
-        elif isinstance(conv, _Fused) and match.conv in behind and match.ends:
+        elif isinstance(conv, _Fused) and match.conv in behind:
             conv.memory_format = torch.contiguous_format
 
 
@@ -370,7 +388,11 @@ def _fused_conv(conv: nn.Module, name: str, match: _Match, norm: nn.Module | Non
             what, remove = removed
             remove(conv)
             told = told._replace(why="; ".join(filter(None, (told.why, f"{what} removed"))))
-    conv.__class__ = FUSED[cls] if plain is cls else type(cls.__name__, (cls, FUSED[plain]), {})
+    if plain is cls:
+        conv.__class__ = FUSED[cls]
+    else:  # what torch made of the class, of another base
+        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        conv.__class__ = type(cls.__name__, (FUSED[plain],), own)
     if norm is not None:
         conv.__dict__["_norm"], conv.__dict__["_norm_class"] = norm, type(norm)
     if match.activation is not None:
@@ -398,7 +420,7 @@ def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:
     for child in module.modules():
-        if type(child) in PASSED.values():
+        if type(child) in PASSED.values() and dtype is not torch.float64:
             continue
         tensors: list[dict[str, Any]] = [child._parameters, child._buffers]
         for held in tensors:

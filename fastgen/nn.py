@@ -6,6 +6,7 @@ their ``state_dict`` and are subclasses of them, so that what looks for those fi
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -168,14 +169,14 @@ class _Fused(_ConvTranspose):
 
     _norm: Any = None  # not a child: it has its place in the network
     _norm_class: Any = None
-    _kept: tuple[tuple, Any] | None = None  # of the folded normalisation
-    _kept_weight: tuple[tuple, Tensor] | None = None  # of a parametrization
+    _kept: Any = None  # (state, tensors, scale and shift) of the folded normalisation
+    _kept_weight: Any = None  # (state, tensors, weight) of a parametrization
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         weight, norm = self._own_weight(), self._norm
         if norm is None:
             return self._run(input, output_size, weight, self.bias, None, None, self.activation)
-        if norm.training:  # by the batch's own statistics
+        if not _is_fixed(norm) or input.ndim < weight.ndim:  # by the batch's own statistics
             y = self._run(input, output_size, weight, self.bias, None, None, None)
             y = self._norm_class.forward(norm, y)
             return ACTIVATIONS[self.activation](y, self.negative_slope)
@@ -186,14 +187,13 @@ class _Fused(_ConvTranspose):
         """The normalisation with fixed statistics: scale and shift of each channel, float32."""
         norm = self._norm
         parts = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        if torch.compiler.is_compiling() or _differentiated(parts):
+        if _is_traced() or _differentiated(parts):
             return _folded(*parts, norm.eps)
-        state = _state(*parts)
-        if self._kept is None or self._kept[0] != state:
+        state, kept = (norm.eps, *_state(*parts)), self._kept
+        if kept is None or kept[0] != state or any(map(operator.is_not, kept[1], parts)):
             with torch.inference_mode(False), torch.no_grad():
-                self.__dict__["_kept"] = state, _folded(*parts, norm.eps)
-        assert self._kept is not None
-        return self._kept[1]
+                kept = self.__dict__["_kept"] = state, parts, _folded(*parts, norm.eps)
+        return kept[2]
 
     def _own_weight(self) -> Tensor:
         """The weight; that of a parametrization is computed where what it is made of has changed,
@@ -203,14 +203,13 @@ class _Fused(_ConvTranspose):
         made_of: Any = self.parametrizations
         made_of = made_of.weight
         parts = (*made_of.parameters(), *made_of.buffers())
-        if self.training or torch.compiler.is_compiling() or _differentiated(parts):
+        if self.training or _is_traced() or _differentiated(parts):
             return self.weight
-        state = _state(*parts)
-        if self._kept_weight is None or self._kept_weight[0] != state:
+        state, kept = _state(*parts), self._kept_weight
+        if kept is None or kept[0] != state or any(map(operator.is_not, kept[1], parts)):
             with torch.inference_mode(False), torch.no_grad():
-                self.__dict__["_kept_weight"] = state, self.weight
-        assert self._kept_weight is not None
-        return self._kept_weight[1]
+                kept = self.__dict__["_kept_weight"] = state, parts, self.weight
+        return kept[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_kept", "_kept_weight")}
@@ -218,6 +217,17 @@ class _Fused(_ConvTranspose):
     def extra_repr(self) -> str:
         shown = super().extra_repr()
         return shown if self._norm is None else f"{shown}, norm={self._norm_class.__name__}"
+
+
+def _is_fixed(norm: Any) -> bool:
+    """Whether a normalisation goes by its running statistics."""
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return False
+    return norm.track_running_stats or not isinstance(norm, nn.modules.instancenorm._InstanceNorm)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or backends.is_transformed()
 
 
 def _differentiated(tensors: Sequence[Tensor | None]) -> bool:

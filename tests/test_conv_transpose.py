@@ -276,6 +276,7 @@ def test_weights_changed_in_any_way_are_seen():
         lambda: case.weight.copy_(normal(*case.weight.shape, seed=9)),
         lambda: case.weight.data.copy_(normal(*case.weight.shape, seed=10)),
         lambda: case.weight.set_(normal(*case.weight.shape, seed=11)),
+        lambda: setattr(case.weight, "data", case.weight.data.transpose(2, 3)),
         replaced,
     ):
         change()

@@ -43,7 +43,7 @@ def test_generators_give_the_same_images(name, last):
         exact = copy.deepcopy(net).double()(x.double())
         y = fused(x)
         assert_close_to_oracle(y, net(x), exact, times=4.0, rounding=1e-6)
-        if not last and name != "VAE decoder":  # whose last layer is no transposed convolution
+        if not last:
             assert y.is_contiguous()
         alone = fused(x[1:])
     torch.testing.assert_close(alone, y[1:], rtol=1e-4, atol=1e-5)
@@ -84,7 +84,8 @@ class Functional(nn.Module):
 def test_activations_in_a_forward_are_found():
     net, x = made(Functional()), torch.randn(2, 6, 5, 5)
     fused = fastgen.fuse(net)
-    assert isinstance(fused, torch.fx.GraphModule)
+    assert isinstance(fused, Functional)
+    assert list(fused.state_dict()) == list(net.state_dict())
     assert fastgen.explain(fused).splitlines() == [
         "a: with BatchNorm2d and leaky_relu", "b: with relu", "c: with tanh",
     ]  # fmt: skip
@@ -120,6 +121,108 @@ def test_what_is_not_sure_is_left(way, why, training):
     assert why in fastgen.explain(fused)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def conv():
+    return nn.ConvTranspose2d(4, 4, 4, 2, 1)
+
+
+class By(nn.Module):
+    """A forward given from outside."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.way = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x, skip=None):
+        return self.way(self, x, skip)
+
+
+def untraceable(net, x, skip):
+    return net.b(net.a(x) if x.sum() > -1e9 else x)
+
+
+def shared(kind):
+    norm, act, one = nn.BatchNorm2d(4), nn.LeakyReLU(0.3), conv()
+    return {
+        "norm": By(untraceable, a=nn.Sequential(conv(), norm), b=nn.Sequential(conv(), norm)),
+        "conv": By(untraceable, a=nn.Sequential(one, norm), b=nn.Sequential(one)),
+        "activation": By(lambda n, x, s: n.main(x), spare=act, main=nn.Sequential(conv(), act)),
+        "default": By(lambda n, x, s: n.n(n.c(x) * 2 if s is None else n.c(x)), c=conv(), n=norm),
+        "gradients": By(lambda n, x, s: n.n(n.c(x) * (1 + torch.is_grad_enabled())), c=conv(),
+                        n=norm),
+        "constant": By(lambda n, x, s: n.n(n.c(x)).relu() + torch.ones(1), c=conv(), n=norm),
+        "view": By(lambda n, x, s: n.d(n.c(x)).view(len(x), -1), c=conv(), d=conv()),
+        "unused": By(lambda n, x, s: n.n(n.c(x)).tanh(), c=conv(), n=norm, extra=conv()),
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["norm", "conv", "activation", "default", "gradients", "constant",
+                                  "view", "unused"])  # fmt: skip
+@pytest.mark.parametrize("inplace", [False, True])
+def test_nothing_is_taken_for_what_it_is_not(kind, inplace):
+    net, x = made(shared(kind)), torch.randn(3, 4, 5, 5)
+    given = copy.deepcopy(net)
+    fused = fastgen.fuse(given, inplace=inplace)
+    assert isinstance(fused, By)
+    assert (fused is given) == inplace
+    assert list(fused.state_dict()) == list(net.state_dict())
+    assert fused.way is net.way
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(fused(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_patches_and_hooks_stay():
+    net, x = made(dcgan(4)), inputs("DCGAN")
+    net[0].forward = lambda z: nn.ConvTranspose2d.forward(net[0], z) * 0.5
+    seen = []
+    net[5] = nn.ReLU()
+    net[5].register_full_backward_hook(lambda *_: seen.append("backward"))
+    net.register_forward_hook(lambda m, given, y: y * 3)
+    fused = fastgen.fuse(net, inplace=True)
+    assert "0: alone (it has hooks)" in fastgen.explain(fused)
+    x.requires_grad_()
+    fused(x).sum().backward()
+    assert seen == ["backward"]
+    assert fused(x).abs().max() > 1.0
+
+
+def test_statistics_in_other_places():
+    net, z = made(dcgan(8)), inputs("DCGAN")
+    fused = fastgen.fuse(net)
+    with torch.no_grad():
+        for i in range(20):
+            for both in (net, fused):
+                both[1].running_mean = None
+                both[1].running_mean = torch.full((64,), float(i))
+            torch.testing.assert_close(fused(z), net(z), rtol=1e-5, atol=1e-5)
+        for both in (net, fused):
+            both[1].eps = 0.5
+        torch.testing.assert_close(fused(z), net(z), rtol=1e-5, atol=1e-5)
+        for both in (net, fused):
+            both[4].running_mean = both[4].running_var = None
+        torch.testing.assert_close(fused(z), net(z), rtol=1e-5, atol=1e-5)
+
+
+def test_an_unbatched_signal_is_normalised_as_torch_does():
+    net = made(nn.Sequential(nn.ConvTranspose1d(4, 4, 1), nn.BatchNorm1d(4)))
+    for shape in ((4, 4), (2, 4, 7)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(fastgen.fuse(net)(x), net(x))
+
+
+def test_function_transforms():
+    net, z = made(dcgan(2)), inputs("DCGAN")
+    fused = fastgen.fuse(net)
+    state = {k: torch.stack([v, v * 1.1]) for k, v in net.named_parameters()}
+    ends = [
+        torch.func.vmap(lambda p, both=both: torch.func.functional_call(both, p, (z,)))(state)
+        for both in (net, fused)
+    ]
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["DCGAN", "VAE decoder", "3D-GAN"])
@@ -227,6 +330,7 @@ def test_normalised_weights(way):
         torch.testing.assert_close(fused(x), net(x), rtol=1e-5, atol=1e-6)
     net.train(), fused.train()
     fused(x).sum().backward()
+    torch.nn.utils.parametrize.remove_parametrizations(copy.deepcopy(fused)[0], "weight")
     assert all(p.grad is not None for p in fused.parameters())
 
 

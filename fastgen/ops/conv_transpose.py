@@ -250,10 +250,9 @@ def _check_operands(dims: int, input: Any, weight: Any) -> None:
         raise ValueError(
             f"weight: got {weight.ndim} dimensions, expected {dims + 2} (C_in, C_out / groups, ...)"
         )
-    if 0 in weight.shape[2:]:
-        raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected a kernel of at least 1"
-        )
+    if 0 in weight.shape[1:]:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected output channels and "
+                         "a kernel of at least 1")  # fmt: skip
     if weight.dtype != input.dtype:
         raise TypeError(f"weight: got {weight.dtype}, expected the input's {input.dtype}")
     if weight.device != input.device:

@@ -20,13 +20,15 @@ from .. import backends
 from ..reference.conv_transpose import ACTIVATIONS
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as enum Activation in csrc/params.h
+MANY_PHASES = 1024  # each of which is a product
 FEW_POSITIONS, LARGE_WEIGHT = 256, 1 << 18  # of input, batch included; numbers
 DTYPES = {dtype: code for code, dtype in enumerate(backends.KERNEL_DTYPES)}
 
 
 def is_planar(tensor: Tensor) -> bool:
-    """Whether the channels of (B, C, ...) lie apart, instead of side by side in each place."""
-    if tensor.is_contiguous():
+    """Whether the channels of (B, C, ...) lie apart, instead of side by side in each place; (B, C, L)
+    counts as apart, as in PyTorch."""
+    if tensor.is_contiguous() or tensor.ndim == 3:
         return True
     return not tensor.movedim(1, -1).is_contiguous()
 
@@ -106,7 +108,10 @@ def packed(weight: Tensor, layout: Any) -> Tensor:
     """The weights as the kernel reads them: those of the last call, unless the weight has changed
     since, or another geometry wants them in another order."""
     key = id(weight)
-    version = -1 if weight.is_inference() else weight._version
+    if weight.is_inference():  # which has no version
+        _packed.pop(key, None)
+        return _pack(weight, layout)
+    version = weight._version
     # what is written through .data leaves the version as it is
     fingerprint = backends.native().fingerprint(weight)
     known = _packed.get(key)
@@ -116,13 +121,17 @@ def packed(weight: Tensor, layout: Any) -> Tensor:
         and (version, fingerprint, layout.digest) == known[1:4]
     ):
         return known.data
-    data = torch.empty(layout.bytes, dtype=torch.uint8)
-    backends.on_huge_pages(data)
-    backends.native().conv_transpose_pack(weight, data, layout, torch.get_num_threads())
+    data = _pack(weight, layout)
     _packed[key] = Packed(
         weakref.ref(weight, functools.partial(_forget, key)), version, fingerprint, layout.digest,
         data,
     )  # fmt: skip
+    return data
+
+
+def _pack(weight: Tensor, layout: Any) -> Tensor:
+    data = backends.on_huge_pages(torch.empty(layout.bytes, dtype=torch.uint8))
+    backends.native().conv_transpose_pack(weight, data, layout, torch.get_num_threads())
     return data
 
 
@@ -161,7 +170,10 @@ def conv_transpose(
 ) -> Tensor:
     """``out``, or a new tensor where it is None; plain tensors, checked already."""
     channels = weight.shape[1] * groups
-    planar = is_planar(input if out is None else out) if last is None else not last
+    if out is None:
+        planar = is_planar(input) if last is None else not last
+    else:
+        planar = out.stride(1) != 1 or out.shape[1] == 1
     by_product = is_packed(input, weight, stride, groups, planar)
     result, is_empty = out, input.shape[0] == 0 or channels == 0
     if by_product or is_empty:
@@ -201,6 +213,8 @@ def is_packed(
     """Whether the packed products are the faster way. PyTorch's operator was faster, by up to 1.6x,
     with channels last where it has no weights to repack that outweigh their products, and the
     kernel is no multiple of the stride, or too short or narrow for a product to fill the units."""
+    if math.prod(stride) > MANY_PHASES:
+        return False
     if planar:
         return True
     if groups > 1:
