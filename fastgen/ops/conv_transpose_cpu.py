@@ -26,8 +26,9 @@ DTYPES = {dtype: code for code, dtype in enumerate(backends.KERNEL_DTYPES)}
 
 
 def is_planar(tensor: Tensor) -> bool:
-    """Whether the channels of (B, C, ...) lie apart, instead of side by side in each place; (B, C, L)
-    counts as apart, as in PyTorch."""
+    """Whether the channels of (B, C, ...) lie apart, instead of side by side in each place.
+
+    (B, C, L) counts as apart, as in PyTorch."""
     if tensor.is_contiguous() or tensor.ndim == 3:
         return True
     return not tensor.movedim(1, -1).is_contiguous()
