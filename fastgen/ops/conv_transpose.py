@@ -55,8 +55,9 @@ def conv_transpose2d(
         (B, L, C) in memory); not beside ``out``.
 
     On the CPU the weight is kept in the order that the kernel reads, a second copy, for as long as
-    it lives and stays the same, but for training (what is written through ``.data`` is seen by a
-    thousand numbers of a large weight: write single ones under ``torch.no_grad``). A sample's
+    it lives and stays the same, but for training (what is written through ``.data``, or to an
+    inference tensor, is seen by a thousand numbers of a large weight: write single ones to a
+    parameter, under ``torch.no_grad``). A sample's
     result does not depend on its batch there, where ``ops.conv_transpose_cpu.is_packed`` chooses
     our product and not PyTorch's.
 

@@ -109,11 +109,8 @@ def packed(weight: Tensor, layout: Any) -> Tensor:
     """The weights as the kernel reads them: those of the last call, unless the weight has changed
     since, or another geometry wants them in another order."""
     key = id(weight)
-    if weight.is_inference():  # which has no version
-        _packed.pop(key, None)
-        return _pack(weight, layout)
-    version = weight._version
-    # what is written through .data leaves the version as it is
+    version = -1 if weight.is_inference() else weight._version
+    # what is written through .data leaves the version as it is, and inference tensors have none
     fingerprint = backends.native().fingerprint(weight)
     known = _packed.get(key)
     if (
