@@ -1,10 +1,10 @@
 // Transposed convolution by phases (phases.h): tile products of packed weights and inputs laid out
 // so that every tap of a tile is the same tile, moved; its outputs go to their places with bias,
 // folded normalisation and activation on the way.
+#include <stdlib.h>
+
 #include <atomic>
-#include <memory>
 #include <utility>
-#include <vector>
 
 #include "epilogue.h"
 #include "gather.h"
@@ -39,16 +39,27 @@ FASTGEN_INLINE bool is_inside(const int32_t* q, const Coordinates& by, const int
 
 constexpr int64_t kOne[3] = {1, 1, 1};
 
+// Memory that grows and stays. Nothing of the standard library's here: its functions, compiled for
+// one instruction set, could be linked in place of another's.
 struct Buffer {
-    std::unique_ptr<char[]> room;
+    char* room = nullptr;
     size_t size = 0;
+
+    ~Buffer() { free(room); }
 
     char* of(size_t bytes) {
         if (bytes + 64 > size) {
-            room.reset(new char[bytes + 64]);
+            free(room);
             size = bytes + 64;
+            room = static_cast<char*>(malloc(size));
+            if (!room) abort();
         }
-        return room.get() + (-reinterpret_cast<uintptr_t>(room.get()) & 63);
+        return room + (-reinterpret_cast<uintptr_t>(room) & 63);
+    }
+
+    template <typename T>
+    T* of_type(size_t count) {
+        return reinterpret_cast<T*>(of(count * sizeof(T)));
     }
 };
 
@@ -213,8 +224,9 @@ class Worker {
     }
 
     void cut_exactly(int threads) {
-        const int64_t groups = phases_.geometry.groups;
-        int64_t blocks = 0;
+        const int64_t groups = phases_.geometry.groups, count = phases_.products.size();
+        int64_t blocks = 0, index = 0;
+        cuts_ = rooms()[4].of_type<Cut>(count);
         for (const Product& product : phases_.products) {
             Cut cut{};
             cut.positions = p_.batch * product.positions();
@@ -237,12 +249,12 @@ class Worker {
             cut.block = pieces(tiles, cut.blocks);
             cut.blocks = pieces(tiles, cut.block);
             blocks += groups * cut.blocks;
-            cuts_.push_back(cut);
+            cuts_[index++] = cut;
         }
-        size_t i = 0;
-        for (Cut& cut : cuts_) {
+        for (int64_t i = 0; i < count; ++i) {
+            Cut& cut = cuts_[i];
             cut.parts = threads > 1 ? pieces(kShares * threads, blocks) : 1;
-            const int64_t most = panels(phases_.products[i++]);
+            const int64_t most = panels(phases_.products[i]);
             if (cut.parts > most) cut.parts = most;
             cut.first = tasks_;
             tasks_ += groups * cut.blocks * cut.parts;
@@ -268,7 +280,7 @@ class Worker {
     }
 
     void run_block(int64_t task) {
-        size_t index = cuts_.size() - 1;
+        size_t index = phases_.products.size() - 1;
         while (cuts_[index].first > task) --index;
         const Cut& cut = cuts_[index];
         const Product& product = phases_.products[index];
@@ -282,8 +294,8 @@ class Worker {
         char* laid = room_.of((cut.block * words + kSlack) * word_);
         Row* at = reinterpret_cast<Row*>(row_room_.of(positions * sizeof(Row)));
         find_rows(product, first, positions, at);
-        offsets_.clear();
-        for (int64_t tap = 0; tap < cut.taps; ++tap) offsets_.push_back(tap * tap_words(cut.tile));
+        int64_t* offsets = offset_room_.of_type<int64_t>(cut.taps);
+        for (int64_t tap = 0; tap < cut.taps; ++tap) offsets[tap] = tap * tap_words(cut.tile);
         const int64_t pitch = place_ == Place::kPositions ? pitch_ : cut.tile;
         Sum sum{0, 0, int64_t(product.offsets.size())};
         do {
@@ -293,10 +305,10 @@ class Worker {
                 char* to = laid + done / cut.tile * words * word_;
                 for (int64_t tap = sum.begin; tap < sum.end; ++tap)
                     lay_out(product.offsets[tap], input_of(group), at + done, count,
-                            to + offsets_[tap - sum.begin] * word_, cut.tile);
+                            to + offsets[tap - sum.begin] * word_, cut.tile);
             }
-            const Inputs inputs{laid,          offsets_.data(), pitch,   int(sum.end - sum.begin),
-                                phases_.depth, false,           nullptr, 0};
+            const Inputs inputs{laid,          offsets, pitch,   int(sum.end - sum.begin),
+                                phases_.depth, false,   nullptr, 0};
             multiply(product, group, inputs, words * word_, positions, cut.tile, at, part,
                      cut.parts, sum);
             sum.begin = sum.end;
@@ -421,18 +433,18 @@ class Worker {
                                       own[2].low + i % b.row_cells};
                 find_row(product, sample, q, at[i]);
             }
-            offsets_.clear();
+            const int64_t taps = product.offsets.size();
+            int64_t* offsets = offset_room_.of_type<int64_t>(taps);
             const int64_t words = step / word_;
-            for (const Coordinates& tap : product.offsets)
-                offsets_.push_back(words * (((plane + tap[0] - origin[0]) * rows + own[1].low +
-                                             tap[1] - origin[1]) *
-                                                b.row_cells +
-                                            b.left + own[2].low + tap[2] - origin[2]));
+            for (int64_t t = 0; t < taps; ++t) {
+                const Coordinates& tap = product.offsets[t];
+                const int64_t row =
+                    (plane + tap[0] - origin[0]) * rows + own[1].low + tap[1] - origin[1];
+                offsets[t] = words * (row * b.row_cells + b.left + own[2].low + tap[2] - origin[2]);
+            }
             const bool fixed = rows_ || m_.operands == Operands::kTiles;
             const int tile = fixed ? most_ : int(pieces(positions, pieces(positions, most_)));
-            const Inputs inputs{laid,          offsets_.data(), pitch,   int(offsets_.size()),
-                                phases_.depth, false,           nullptr, 0};
-            const int64_t taps = offsets_.size();
+            const Inputs inputs{laid, offsets, pitch, int(taps), phases_.depth, false, nullptr, 0};
             multiply(product, group, inputs, tile * step, positions, tile, at, part, b.parts,
                      {0, taps, taps});
         }
@@ -736,14 +748,13 @@ class Worker {
     int most_;                      // positions of a tile
     bool banded_;
     Bands bands_{};
-    std::vector<Cut> cuts_;
+    Cut* cuts_ = nullptr;
     int64_t tasks_ = 0;
-    std::vector<int64_t> offsets_;
     Buffer &room_ = rooms()[0], &row_room_ = rooms()[1], &vector_room_ = rooms()[2],
-           &sum_room_ = rooms()[3];
+           &sum_room_ = rooms()[3], &offset_room_ = rooms()[5];
 
     static Buffer* rooms() {
-        static thread_local Buffer held[4];
+        static thread_local Buffer held[6];
         return held;
     }
 };
@@ -782,7 +793,8 @@ void pack_panel(const PackParams& p, const Multiplier& m, const Phases& phases,
     const ConvTransposeGeometry& g = phases.geometry;
     const int64_t* stride = p.weight.stride;
     const int64_t taps = product.offsets.size(), all = product.shifts.size() * g.out_channels;
-    std::vector<int64_t> places(span * taps);  // -1: none
+    Buffer room;
+    int64_t* places = room.of_type<int64_t>(span * taps);  // -1: none
     for (int j = 0; j < span; ++j)
         for (int64_t tap = 0; tap < taps; ++tap) {
             int64_t& place = places[tap * span + j];
@@ -803,7 +815,7 @@ void pack_panel(const PackParams& p, const Multiplier& m, const Phases& phases,
         const Element* from = weight + (group * g.in_channels + c) * stride[0];
         for (int64_t tap = 0; tap < taps; ++tap) {
             const int64_t k = tap * phases.depth + c;
-            const int64_t* place = places.data() + tap * span;
+            const int64_t* place = places + tap * span;
             for (int j = 0; j < span; ++j) {
                 const float value = there && place[j] >= 0 ? to_float(from[place[j]]) : 0.0f;
                 if (m.operands == Operands::kFloats) {

@@ -100,8 +100,8 @@ FASTGEN_INLINE void gather_floats(const Element* from, int64_t across, int64_t c
 
 // `count` positions, `across` from one to the next, of channels that lie in any way; null: zeros.
 template <typename Element>
-void gather_row(Place place, const Channels& channels, const Element* from, int64_t across,
-                int64_t count, void* to, int64_t pitch) {
+static void gather_row(Place place, const Channels& channels, const Element* from, int64_t across,
+                       int64_t count, void* to, int64_t pitch) {
     const int64_t step = channels.step, all = channels.count, depth = channels.depth;
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
     const auto channel = [&](int64_t c) { return from && c < all ? bits + c * step : nullptr; };
@@ -152,8 +152,8 @@ void gather_row(Place place, const Channels& channels, const Element* from, int6
 
 // At most 16 positions whose channels lie side by side; null: zeros.
 template <typename Element>
-void gather_positions(Place place, const Channels& channels, const Element* const* from, int count,
-                      void* to, int64_t pitch) {
+static void gather_positions(Place place, const Channels& channels, const Element* const* from,
+                             int count, void* to, int64_t pitch) {
     const int64_t all = channels.count, depth = channels.depth;
     if (place == Place::kPositions) {
         for (int i = 0; i < count; ++i) {
