@@ -120,7 +120,7 @@ def explain(module: nn.Module) -> str:
     """
     layers = getattr(module, "_fastgen_layers", None)
     if layers is None:
-        raise ValueError("module: is none that fastgen.fuse returned")
+        raise ValueError("module: fastgen.fuse did not return it; explain what fuse returned")
     return "\n".join(map(_told, layers)) or "no transposed convolution was found"
 
 
@@ -154,17 +154,20 @@ def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
             m.training = mode
 
 
-def _traced(module: nn.Module) -> tuple[fx.Graph, bool] | None:
-    """(its graph, whether it is the same in training, with gradients, and with the defaults of
-    ``forward``), or None."""
+def _traced(module: nn.Module) -> tuple[fx.Graph, str] | None:
+    """(its graph, "" or where it is another one: in training, without gradients, or with the
+    defaults of ``forward``), or None."""
     parameters = inspect.signature(module.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    ways: list[tuple[bool, bool, dict | None]] = [
-        (False, True, None), (True, True, None), (False, False, None),
-    ]  # fmt: skip
-    ways += [(False, True, defaults)] if defaults else []
+    ways: dict[str, tuple[bool, bool, dict | None]] = {
+        "": (False, True, None),
+        "in training": (True, True, None),
+        "without gradients": (False, False, None),
+    }
+    if defaults:
+        ways[f"with the defaults of {', '.join(defaults)}"] = False, True, defaults
     graphs, told = [], []
-    for training, grad, given in ways:
+    for training, grad, given in ways.values():
         with _in_mode(module, training), torch.set_grad_enabled(grad):
             try:
                 graphs.append(_Tracer().trace(module, given))
@@ -173,8 +176,10 @@ def _traced(module: nn.Module) -> tuple[fx.Graph, bool] | None:
                 return None
         inner = [n for n in graphs[-1].nodes if n.op not in ("placeholder", "output")]
         told.append([(n.op, n.target, str(n.args), str(n.kwargs)) for n in inner])
-    constants = any(n.op == "get_attr" and "_constant" in str(n.target) for n in graphs[0].nodes)
-    return graphs[0], not constants and all(other == told[0] for other in told)
+    differs = [way for way, other in zip(ways, told, strict=True) if other != told[0]]
+    if any(n.op == "get_attr" and "_constant" in str(n.target) for n in graphs[0].nodes):
+        differs.append("at every call, by tensors that it makes")
+    return graphs[0], differs[0] if differs else ""
 
 
 def _convs(module: nn.Module) -> list[str]:
@@ -191,8 +196,8 @@ def _traceable(module: nn.Module, path: str = "") -> Iterator[tuple[str, fx.Grap
         return
     traced = None if isinstance(module, nn.ModuleList | nn.ModuleDict) else _traced(module)
     if traced is not None:
-        graph, same = traced
-        graph._fastgen_same = same  # type: ignore[attr-defined]
+        graph, differs = traced
+        graph._fastgen_differs = differs  # type: ignore[attr-defined]
         yield path, graph
         return
     for name, child in module.named_children():
@@ -229,6 +234,9 @@ def _matches(module: nn.Module, graph: fx.Graph, places: Counter[int]) -> list[_
                 continue
         activation, slope = _activation(module, behind) if behind is not None else (None, 0.2)
         if activation is None or behind is None:
+            if behind is not None and behind.op == "call_module" and not why:
+                kind = type(module.get_submodule(str(behind.target))).__name__
+                why = f"{kind} behind it is not fused" if _conv_of(module, behind) is None else ""
             match, last = _Match(name, norm, None, 0.2, None, None, why), last
         else:
             own = behind.op == "call_module" and calls[behind.target] == 1
@@ -320,7 +328,7 @@ def _rewrite(
         why = "torch.fx cannot trace what calls it"
         layers.append(_fused_conv(owner, path, _Match(path, None, None, 0.2, None, None, why)))
         return
-    same = graph._fastgen_same  # type: ignore[attr-defined]
+    differs = graph._fastgen_differs  # type: ignore[attr-defined]
     cut = []
     seen = set()
     matches = _matches(owner, graph, places)
@@ -328,10 +336,9 @@ def _rewrite(
         if match.conv in seen:
             continue
         seen.add(match.conv)
-        if not same:
+        if differs:
             match = match._replace(norm=None, activation=None, act_module=None, act_node=None,
-                                   next=None, why="forward is another one in training, without "
-                                   "gradients or with its defaults")  # fmt: skip
+                                   next=None, why=f"forward is another one {differs}")  # fmt: skip
         conv = owner.get_submodule(match.conv)
         full = f"{path}.{match.conv}" if path and match.conv else path or match.conv
         norm = None if match.norm is None else owner.get_submodule(match.norm)
@@ -343,7 +350,7 @@ def _rewrite(
             owner.set_submodule(match.act_module, nn.Identity())
         if layer.activation is not None and match.act_node is not None:
             cut.append(match.act_node)
-    if same:
+    if not differs:
         _lay_out_chains(owner, matches)
     for name in _convs(owner):  # those that the graph does not reach
         if name not in seen:
