@@ -3,22 +3,31 @@ number of channels of the narrowest inner layer: the papers' own by default."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def dcgan(width: int = 128) -> nn.Sequential:
-    """(B, 100, 1, 1) to images (B, 3, 64, 64): Radford, Metz & Chintala (2016), figure 1."""
-    channels = [100, 8 * width, 4 * width, 2 * width, width]
+def _transposed_stack(dims: int, latent: int, width: int, outputs: int) -> list[nn.Module]:
+    """From (B, latent, 1, ...) to 64 places a dim, kernels of 4: all but the last activation."""
+    conv = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dims]
+    norm = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+    channels = [latent, 8 * width, 4 * width, 2 * width, width]
     layers: list[nn.Module] = []
     for i in range(4):
         stride, padding = (1, 0) if i == 0 else (2, 1)
         layers += [
-            nn.ConvTranspose2d(channels[i], channels[i + 1], 4, stride, padding, bias=False),
-            nn.BatchNorm2d(channels[i + 1]), nn.ReLU(True),
+            conv(channels[i], channels[i + 1], 4, stride, padding, bias=False),
+            norm(channels[i + 1]), nn.ReLU(True),
         ]  # fmt: skip
-    return nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False), nn.Tanh())
+    return [*layers, conv(width, outputs, 4, 2, 1, bias=False)]
+
+
+def dcgan(width: int = 128) -> nn.Sequential:
+    """(B, 100, 1, 1) to images (B, 3, 64, 64): Radford, Metz & Chintala (2016), figure 1."""
+    return nn.Sequential(*_transposed_stack(2, 100, width, 3), nn.Tanh())
 
 
 class Pix2Pix(nn.Module):
@@ -127,15 +136,7 @@ class HiFiGAN(nn.Module):
 
 def voxel_gan(width: int = 64) -> nn.Sequential:
     """(B, 200, 1, 1, 1) to volumes (B, 1, 64, 64, 64): Wu et al. (2016), section 3.1."""
-    channels = [200, 8 * width, 4 * width, 2 * width, width]
-    layers: list[nn.Module] = []
-    for i in range(4):
-        stride, padding = (1, 0) if i == 0 else (2, 1)
-        layers += [
-            nn.ConvTranspose3d(channels[i], channels[i + 1], 4, stride, padding, bias=False),
-            nn.BatchNorm3d(channels[i + 1]), nn.ReLU(True),
-        ]  # fmt: skip
-    return nn.Sequential(*layers, nn.ConvTranspose3d(width, 1, 4, 2, 1, bias=False), nn.Sigmoid())
+    return nn.Sequential(*_transposed_stack(3, 200, width, 1), nn.Sigmoid())
 
 
 def made(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -147,7 +148,7 @@ def made(network: nn.Module, seed: int = 0) -> nn.Module:
             if isinstance(module, nn.modules.conv._ConvNd):
                 taps = module.weight[0, 0].numel()
                 up = isinstance(module, nn.modules.conv._ConvTransposeNd)
-                inputs = module.weight.shape[0] * taps / _product(module.stride) if up else (
+                inputs = module.weight.shape[0] * taps / math.prod(module.stride) if up else (
                     module.weight[0].numel())  # fmt: skip
                 module.weight.normal_(0.0, inputs**-0.5, generator=generator)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -158,13 +159,6 @@ def made(network: nn.Module, seed: int = 0) -> nn.Module:
                 module.weight.uniform_(0.5, 1.5, generator=generator)
                 module.bias.normal_(0.0, 0.1, generator=generator)
     return network.eval()
-
-
-def _product(values) -> int:
-    total = 1
-    for value in values:
-        total *= value
-    return total
 
 
 #: name: (network, the shape of one input, of a narrow network's too)

@@ -43,12 +43,12 @@ class Layer(NamedTuple):
 
 class _Match(NamedTuple):
     conv: str
-    norm: str | None
-    activation: str | None
-    slope: float
-    act_module: str | None  # to be replaced
-    act_node: str | None  # to be cut out of the graph
-    why: str
+    norm: str | None = None
+    activation: str | None = None
+    slope: float = 0.2
+    act_module: str | None = None  # to be replaced
+    act_node: str | None = None  # to be cut out of the graph
+    why: str = ""
     next: str | None = None  # the transposed convolution that alone reads the result
 
 
@@ -87,14 +87,13 @@ def fuse(
         raise TypeError(f"module: got {type(module).__name__}, expected a torch.nn.Module")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype: got {dtype}, expected a floating dtype")
-    ops._is_last(memory_format, None)
+    ops.is_last(memory_format, None)
     made = module if inplace else _copied(module)
     layers: list[Layer] = []
     places = Counter(id(child) for m in made.modules() for child in m._modules.values())
-    for path, graph in list(
-        _traceable(_copied(made))
-    ):  # tracing runs forward, which may leave marks
-        _rewrite(made, path, graph, places, layers)
+    probe = _copied(made)  # tracing runs forward, which may leave marks
+    for path, graph, differs in list(_traceable(probe)):
+        _rewrite(made, path, graph, differs, places, layers)
     if memory_format is not None:
         _lay_out(made, memory_format)
     if dtype is not None:
@@ -186,22 +185,24 @@ def _convs(module: nn.Module) -> list[str]:
     return [n for n, m in module.named_modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)]
 
 
-def _traceable(module: nn.Module, path: str = "") -> Iterator[tuple[str, fx.Graph | None]]:
-    """(path, graph) of the largest modules that torch.fx can trace; None: of one that it cannot,
-    which has transposed convolutions of its own."""
+def _traceable(module: nn.Module, path: str = "") -> Iterator[tuple[str, fx.Graph | None, str]]:
+    """(path, graph, where that is another one) of the largest modules that torch.fx can trace;
+    graph None: of a transposed convolution that what it cannot trace calls."""
     if not _convs(module):
         return
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        yield path, None
+        yield path, None, ""
         return
     traced = None if isinstance(module, nn.ModuleList | nn.ModuleDict) else _traced(module)
     if traced is not None:
-        graph, differs = traced
-        graph._fastgen_differs = differs  # type: ignore[attr-defined]
-        yield path, graph
+        yield path, *traced
         return
     for name, child in module.named_children():
-        yield from _traceable(child, f"{path}.{name}" if path else name)
+        yield from _traceable(child, _joined(path, name))
+
+
+def _joined(path: str, name: str) -> str:
+    return ".".join(filter(None, (path, name)))
 
 
 def _matches(module: nn.Module, graph: fx.Graph, places: Counter[int]) -> list[_Match]:
@@ -215,13 +216,13 @@ def _matches(module: nn.Module, graph: fx.Graph, places: Counter[int]) -> list[_
         if not isinstance(conv, nn.modules.conv._ConvTransposeNd):
             continue
         if calls[name] > 1 or places[id(conv)] > 1:
-            found.append(_Match(name, None, None, 0.2, None, None, "it is called more than once"))
+            found.append(_Match(name, why="it is called more than once"))
             continue
         if _is_patched(conv) or getattr(conv, "activation", None):
             why = "it has hooks" if _is_patched(conv) else "it has its activation"
-            found.append(_Match(name, None, None, 0.2, None, None, why))
+            found.append(_Match(name, why=why))
             continue
-        last, norm, why = node, None, ""
+        last, norm = node, None
         behind, why = _only_user(last)
         if behind is not None and behind.op == "call_module":
             candidate = module.get_submodule(str(behind.target))
@@ -230,20 +231,20 @@ def _matches(module: nn.Module, graph: fx.Graph, places: Counter[int]) -> list[_
                 norm, last = str(behind.target), behind
                 behind, why = _only_user(last)
             elif refusal is not None:
-                found.append(_Match(name, None, None, 0.2, None, None, refusal))
+                found.append(_Match(name, why=refusal))
                 continue
         activation, slope = _activation(module, behind) if behind is not None else (None, 0.2)
         if activation is None or behind is None:
             if behind is not None and behind.op == "call_module" and not why:
                 kind = type(module.get_submodule(str(behind.target))).__name__
                 why = f"{kind} behind it is not fused" if _conv_of(module, behind) is None else ""
-            match, last = _Match(name, norm, None, 0.2, None, None, why), last
+            match = _Match(name, norm, why=why)
         else:
+            target = str(behind.target)
             own = behind.op == "call_module" and calls[behind.target] == 1
-            own = own and places[id(module.get_submodule(str(behind.target)))] == 1
-            match, last = _Match(name, norm, activation, slope,
-                                 str(behind.target) if own else None,
-                                 None if own else behind.name, ""), behind  # fmt: skip
+            own = own and places[id(module.get_submodule(target))] == 1
+            where = {"act_module": target} if own else {"act_node": behind.name}
+            match, last = _Match(name, norm, activation, slope, **where), behind
         user, _ = _only_user(last)
         found.append(match._replace(next=_conv_of(module, user)))
     return found
@@ -320,15 +321,19 @@ def _activation(module: nn.Module, node: fx.Node) -> tuple[str | None, float]:
 
 
 def _rewrite(
-    root: nn.Module, path: str, graph: fx.Graph | None, places: Counter[int], layers: list[Layer]
+    root: nn.Module,
+    path: str,
+    graph: fx.Graph | None,
+    differs: str,
+    places: Counter[int],
+    layers: list[Layer],
 ) -> None:
     """Fuses the transposed convolutions of the module at ``path``."""
     owner = root.get_submodule(path)
     if graph is None:
         why = "torch.fx cannot trace what calls it"
-        layers.append(_fused_conv(owner, path, _Match(path, None, None, 0.2, None, None, why)))
+        layers.append(_fused_conv(owner, path, _Match(path, why=why)))
         return
-    differs = graph._fastgen_differs  # type: ignore[attr-defined]
     cut = []
     seen = set()
     matches = _matches(owner, graph, places)
@@ -337,12 +342,10 @@ def _rewrite(
             continue
         seen.add(match.conv)
         if differs:
-            match = match._replace(norm=None, activation=None, act_module=None, act_node=None,
-                                   next=None, why=f"forward is another one {differs}")  # fmt: skip
+            match = _Match(match.conv, why=f"forward is another one {differs}")
         conv = owner.get_submodule(match.conv)
-        full = f"{path}.{match.conv}" if path and match.conv else path or match.conv
         norm = None if match.norm is None else owner.get_submodule(match.norm)
-        layer = _fused_conv(conv, full, match, norm)
+        layer = _fused_conv(conv, _joined(path, match.conv), match, norm)
         layers.append(layer)
         if layer.norm is not None and norm is not None:
             norm.__class__ = PASSED[type(norm)]
@@ -354,10 +357,8 @@ def _rewrite(
         _lay_out_chains(owner, matches)
     for name in _convs(owner):  # those that the graph does not reach
         if name not in seen:
-            full = f"{path}.{name}" if path else name
-            why = "forward does not call it"
-            layers.append(_fused_conv(owner.get_submodule(name), full,
-                                      _Match(name, None, None, 0.2, None, None, why)))  # fmt: skip
+            unreached = _Match(name, why="forward does not call it")
+            layers.append(_fused_conv(owner.get_submodule(name), _joined(path, name), unreached))
     if not cut:
         return
     for node in list(graph.nodes):

@@ -7,7 +7,7 @@ their ``state_dict`` and are subclasses of them, so that what looks for those fi
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from . import backends, checks
 from .ops import conv_transpose as ops
+from .ops.conv_transpose_cpu import state_of
 from .reference.conv_transpose import ACTIVATIONS
 
 _OPS = {1: ops.conv_transpose1d, 2: ops.conv_transpose2d, 3: ops.conv_transpose3d}
@@ -54,7 +55,7 @@ class _ConvTranspose(nn.modules.conv._ConvTransposeNd):
 
     @memory_format.setter
     def memory_format(self, value: torch.memory_format | None) -> None:
-        self._last = ops._is_last(value, None)
+        self._last = ops.is_last(value, None)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """act(conv_transpose(input)): (B, C_in, ...) to (B, C_out, ...), or both without B.
@@ -150,27 +151,12 @@ PASSED: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 
 
-def _state(*tensors: Tensor | None) -> tuple:
-    """Another value where any of the tensors has moved or changed."""
-    return tuple(
-        None if t is None else (-1 if t.is_inference() else t._version, _fingerprint(t))
-        for t in tensors
-    )
-
-
-def _fingerprint(tensor: Tensor) -> int:
-    if tensor.is_cpu and backends._native is not None and tensor.dtype in backends.KERNEL_DTYPES:
-        return backends._native.fingerprint(tensor)
-    return tensor.data_ptr()
-
-
 class _Fused(_ConvTranspose):
     """A transposed convolution with the normalisation behind it, which stays where it was."""
 
     _norm: Any = None  # not a child: it has its place in the network
     _norm_class: Any = None
-    _kept: Any = None  # (state, tensors, scale and shift) of the folded normalisation
-    _kept_weight: Any = None  # (state, tensors, weight) of a parametrization
+    _kept: Any = None  # by name: (state, tensors, what was made of them)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         weight, norm = self._own_weight(), self._norm
@@ -188,31 +174,33 @@ class _Fused(_ConvTranspose):
         norm = self._norm
         parts = norm.running_mean, norm.running_var, norm.weight, norm.bias
         if _is_traced() or _differentiated(parts):
-            return _folded(*parts, norm.eps)
-        state, kept = (norm.eps, *_state(*parts)), self._kept
-        if kept is None or kept[0] != state or any(map(operator.is_not, kept[1], parts)):
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self.__dict__["_kept"] = state, parts, _folded(*parts, norm.eps)
-        return kept[2]
+            return folded(*parts, norm.eps)
+        return self._remembered("norm", parts, norm.eps, lambda: folded(*parts, norm.eps))
 
     def _own_weight(self) -> Tensor:
         """The weight; that of a parametrization is computed where what it is made of has changed,
         so that it stays packed."""
         if not parametrize.is_parametrized(self, "weight"):
             return self.weight
-        made_of: Any = self.parametrizations
-        made_of = made_of.weight
+        parametrizations: Any = self.parametrizations
+        made_of = parametrizations.weight
         parts = (*made_of.parameters(), *made_of.buffers())
         if self.training or _is_traced() or _differentiated(parts):
             return self.weight
-        state, kept = _state(*parts), self._kept_weight
-        if kept is None or kept[0] != state or any(map(operator.is_not, kept[1], parts)):
+        return self._remembered("weight", parts, None, lambda: self.weight)
+
+    def _remembered(self, name: str, parts: tuple, option: Any, make: Callable[[], Any]) -> Any:
+        """What is made of tensors, made anew where one of them is another or has changed."""
+        kept = self.__dict__.setdefault("_kept", {})
+        state = option, [None if t is None else state_of(t) for t in parts]
+        known = kept.get(name)
+        if known is None or known[0] != state or any(map(operator.is_not, known[1], parts)):
             with torch.inference_mode(False), torch.no_grad():
-                kept = self.__dict__["_kept_weight"] = state, parts, self.weight
-        return kept[2]
+                known = kept[name] = state, parts, make()
+        return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_kept", "_kept_weight")}
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()
@@ -234,9 +222,10 @@ def _differentiated(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _folded(
+def folded(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """A normalisation with fixed statistics as scale (C,) and shift (C,)."""
     dtype = torch.float64 if variance.dtype is torch.float64 else torch.float32
     scale = torch.rsqrt(variance.to(dtype) + eps)
     scale = scale if weight is None else scale * weight.to(dtype)

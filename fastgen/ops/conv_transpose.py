@@ -88,7 +88,7 @@ def _conv_transpose(
     dims, input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift,
     activation, negative_slope, out, backend, memory_format,
 ) -> Tensor:  # fmt: skip
-    last = _is_last(memory_format, out)
+    last = is_last(memory_format, out)
     if isinstance(input, Tensor) and _is_autocast(input.device.type):
         input, weight = (_as_autocast(t, input.device.type) for t in (input, weight))
     operands = (input, weight, bias, scale, shift)
@@ -158,7 +158,7 @@ def launch(
     return out
 
 
-def _is_last(memory_format: Any, out: Any) -> bool | None:
+def is_last(memory_format: Any, out: Any) -> bool | None:
     """Whether channels last was asked for; None: neither."""
     if memory_format is None:
         return None

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..reference.conv_transpose import ACTIVATIONS
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as enum Activation in csrc/params.h
 MANY_PHASES = 1024  # each of which is a product
 FEW_POSITIONS, LARGE_WEIGHT = 256, 1 << 18  # of input, batch included; numbers
-DTYPES = {dtype: code for code, dtype in enumerate(backends.KERNEL_DTYPES)}
 
 
 def is_planar(tensor: Tensor) -> bool:
@@ -89,15 +88,26 @@ def geometry_of(
     ):  # fmt: skip
         numbers += (neutral,) * absent + values
     numbers += (groups, weight[0] // groups, weight[1], int(planar))
-    return Geometry(out, backends.native().ConvTransposeLayout(numbers, DTYPES[dtype]))
+    return Geometry(out, backends.native().ConvTransposeLayout(numbers, checks.DTYPES.index(dtype)))
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Another value where a tensor has moved or changed.
+
+    What is written through ``.data`` leaves its version as it is, and inference tensors have none:
+    its numbers then tell, or a thousand of many."""
+    version = -1 if tensor.is_inference() else tensor._version
+    native = backends._native is not None and tensor.is_cpu
+    if native and tensor.dtype in backends.KERNEL_DTYPES:
+        return version, backends.native().fingerprint(tensor)
+    return version, tensor.data_ptr()
 
 
 class Packed(NamedTuple):
     """Weights as the kernel reads them, and what they were packed from."""
 
     weight: weakref.ref[Tensor]
-    version: int
-    fingerprint: int
+    state: tuple[int, int]
     digest: int  # equal where weights are packed alike
     data: Tensor
 
@@ -109,27 +119,17 @@ def packed(weight: Tensor, layout: Any) -> Tensor:
     """The weights as the kernel reads them: those of the last call, unless the weight has changed
     since, or another geometry wants them in another order."""
     key = id(weight)
-    version = -1 if weight.is_inference() else weight._version
-    # what is written through .data leaves the version as it is, and inference tensors have none
-    fingerprint = backends.native().fingerprint(weight)
-    known = _packed.get(key)
+    state, known = state_of(weight), _packed.get(key)
     if (
         known is not None
         and known.weight() is weight
-        and (version, fingerprint, layout.digest) == known[1:4]
+        and (known.state, known.digest) == (state, layout.digest)
     ):
         return known.data
-    data = _pack(weight, layout)
-    _packed[key] = Packed(
-        weakref.ref(weight, functools.partial(_forget, key)), version, fingerprint, layout.digest,
-        data,
-    )  # fmt: skip
-    return data
-
-
-def _pack(weight: Tensor, layout: Any) -> Tensor:
     data = backends.on_huge_pages(torch.empty(layout.bytes, dtype=torch.uint8))
     backends.native().conv_transpose_pack(weight, data, layout, torch.get_num_threads())
+    held = weakref.ref(weight, functools.partial(_forget, key))
+    _packed[key] = Packed(held, state, layout.digest, data)
     return data
 
 
@@ -173,7 +173,7 @@ def conv_transpose(
     else:
         planar = out.stride(1) != 1 or out.shape[1] == 1
     by_product = is_packed(input, weight, stride, groups, planar)
-    result, is_empty = out, input.shape[0] == 0 or channels == 0
+    result, is_empty = out, input.shape[0] == 0
     if by_product or is_empty:
         geometry = geometry_of(
             tuple(input.shape[2:]), tuple(weight.shape), tuple(stride), tuple(padding),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.nn import folded
 from fastgen.ops.conv_transpose import conv_transpose2d
 
 _ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
@@ -49,7 +50,9 @@ class TransposedConv(nn.Module):
             if self.training:
                 y = conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding)
                 return _ACTIVATIONS[self.activation](self.norm(y))
-            scale, shift = _folded(self.norm)
+            norm = self.norm
+            statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
+            scale, shift = folded(*statistics, norm.eps)  # type: ignore[arg-type]
         return conv_transpose2d(
             x,
             self.weight,
@@ -60,15 +63,6 @@ class TransposedConv(nn.Module):
             shift=shift,
             activation=self.activation,
         )
-
-
-def _folded(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """A batch norm with fixed statistics as scale (C,) and shift (C,)."""
-    mean, variance = norm.running_mean, norm.running_var
-    assert isinstance(mean, Tensor)
-    assert isinstance(variance, Tensor)
-    scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    return scale, norm.bias - mean * scale
 
 
 def _transposed_stack(latent: int, width: int) -> nn.Sequential:
