@@ -44,7 +44,7 @@ def native(tmp_path_factory):
         *('-DFASTGEN_CUDA="emulated"', '-DFASTGEN_VERSION="0"', "-DFASTGEN_EMULATED"),
     ]
     one_isa = ["-DFASTGEN_ISA=baseline"]
-    every_isa = ("dispatch", "parallel", "phases")
+    every_isa = ("dispatch", "parallel", "phases", "cutting")
     commands = [(file, emulated) for file in (ROOT / "csrc/cuda").glob("*.cu")]
     for file in (ROOT / "csrc/cpu").glob("*.cpp"):
         if file.stem == "multiply_bf16":  # of other instruction sets

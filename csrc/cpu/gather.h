@@ -3,15 +3,12 @@
 #pragma once
 
 #include "../math/convert.h"
-#include "multiply.h"
+#include "cutting.h"
 #include "tile.h"
 
 namespace fastgen::FASTGEN_ISA {
 
-// Where inputs go: [channel][position], of floats or of words of two bfloat16 channels; or
-// [position][channel], of floats or bfloat16. `pitch` is what lies from row to row of it.
-enum class Place { kChannels, kPositions };
-
+// Of a group, and where they go (Place): `pitch` is what lies from row to row of it.
 struct Channels {
     int64_t count, depth;  // depth: with the zeros behind them
     int64_t step;          // from channel to channel of the source

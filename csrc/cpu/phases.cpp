@@ -59,20 +59,43 @@ constexpr int64_t kLongSum = 3072;
 
 }  // namespace
 
-int64_t padded_weights(const Phases& phases, const Product& product, int64_t out_channels,
-                       const Multiplier& multiplier) {
-    const int64_t count = product.shifts.size() * out_channels;
-    if (phases.order != Order::kRows) return padded_columns(count, multiplier);
-    if (multiplier.operands == Operands::kTiles) return (count + 15) / 16 * 16;
-    const int64_t tile = rows_of_tile(count, product.across, multiplier);
-    return (count + tile - 1) / tile * tile;
+int64_t padded_columns(int64_t columns, const Multiplier& multiplier) {
+    const int64_t half = multiplier.columns / 2;
+    return (columns + half - 1) / half * half;
+}
+
+int64_t outputs_of(const Phases& phases, const Product& product) {
+    return product.shifts.size() * phases.geometry.out_channels;
+}
+
+int span_of(const Phases& phases, const Product& product) {
+    const Multiplier& m = *phases.multiplier;
+    if (phases.order != Order::kRows) return m.columns;
+    if (m.operands == Operands::kTiles) return m.rows;
+    // rows of a tile, all of which have as many; phases that alternate are not parted
+    const int64_t unit = product.across, rows = outputs_of(phases, product);
+    const int64_t most = m.rows / unit * unit;
+    const int64_t tiles = (rows + most - 1) / most, each = (rows + tiles - 1) / tiles;
+    return int((each + unit - 1) / unit * unit);
+}
+
+int64_t padded_outputs(const Phases& phases, const Product& product) {
+    const int64_t count = outputs_of(phases, product);
+    if (phases.order != Order::kRows) return padded_columns(count, *phases.multiplier);
+    if (phases.multiplier->operands == Operands::kTiles) return (count + 15) / 16 * 16;
+    return panels_of(phases, product) * span_of(phases, product);
+}
+
+int64_t panels_of(const Phases& phases, const Product& product) {
+    const int64_t span = span_of(phases, product);
+    return (outputs_of(phases, product) + span - 1) / span;
 }
 
 double multiplications(const Phases& phases) {
     double total = 0.0;
     for (const Product& product : phases.products)
         total += double(product.positions()) * product.offsets.size() * phases.depth *
-                 product.shifts.size() * phases.geometry.out_channels;
+                 outputs_of(phases, product);
     return total * phases.geometry.groups;
 }
 
@@ -81,24 +104,24 @@ Phases phases_of(const ConvTransposeGeometry& g, const Multiplier& multiplier) {
     std::vector<Class> dims[3][2];
     for (int dim = 0; dim < 3; ++dim)
         for (int merged = 0; merged < 2; ++merged) dims[dim][merged] = classes_of(g, dim, merged);
+    const auto for_each = [&](int choice, const auto& visit) {  // of a choice's products
+        for (const Class& d : dims[0][choice >> 2])
+            for (const Class& h : dims[1][choice >> 1 & 1])
+                for (const Class& w : dims[2][choice & 1]) visit(d, h, w);
+    };
     int chosen = 0;
     double least = 0.0;
     for (int choice = 0; choice < 8; ++choice) {
         double cost = 0.0;
-        for (const Class& d : dims[0][choice >> 2])
-            for (const Class& h : dims[1][choice >> 1 & 1])
-                for (const Class& w : dims[2][choice & 1]) {
-                    const int64_t phases =
-                        d.residues.size() * h.residues.size() * w.residues.size();
-                    const double taps =
-                        double(d.offsets.size()) * h.offsets.size() * w.offsets.size();
-                    const double positions =
-                        double(d.end - d.low) * (h.end - h.low) * (w.end - w.low);
-                    const bool apart = g.planar && int64_t(w.residues.size()) < g.stride[2];
-                    cost += taps * positions *
-                            (padded_columns(phases * g.out_channels, multiplier) + kPacking +
-                             apart * kApart);
-                }
+        for_each(choice, [&](const Class& d, const Class& h, const Class& w) {
+            const int64_t phases = d.residues.size() * h.residues.size() * w.residues.size();
+            const double taps = double(d.offsets.size()) * h.offsets.size() * w.offsets.size();
+            const double positions = double(d.end - d.low) * (h.end - h.low) * (w.end - w.low);
+            const bool apart = g.planar && int64_t(w.residues.size()) < g.stride[2];
+            cost +=
+                taps * positions *
+                (padded_columns(phases * g.out_channels, multiplier) + kPacking + apart * kApart);
+        });
         if (choice == 0 || cost < least) {
             least = cost;
             chosen = choice;
@@ -110,14 +133,12 @@ Phases phases_of(const ConvTransposeGeometry& g, const Multiplier& multiplier) {
     // Channels apart: the products as for channels side by side, and single numbers stored, where
     // the sums are long beside it; else the orders whose rows are rows of the output.
     int64_t longest = 0;
-    for (const Class& d : dims[0][chosen >> 2])
-        for (const Class& h : dims[1][chosen >> 1 & 1])
-            for (const Class& w : dims[2][chosen & 1]) {
-                const int64_t taps = d.offsets.size() * h.offsets.size() * w.offsets.size();
-                if (taps * g.in_channels > longest) longest = taps * g.in_channels;
-            }
     bool interleaved = false;
-    for (const Class& w : dims[2][chosen & 1]) interleaved |= w.residues.size() > 2;
+    for_each(chosen, [&](const Class& d, const Class& h, const Class& w) {
+        const int64_t taps = d.offsets.size() * h.offsets.size() * w.offsets.size();
+        if (taps * g.in_channels > longest) longest = taps * g.in_channels;
+        interleaved |= w.residues.size() > 2;
+    });
     phases.order = !g.planar             ? Order::kChannelsInner
                    : interleaved         ? Order::kPhasesInner
                    : longest >= kLongSum ? Order::kChannelsInner
@@ -129,33 +150,29 @@ Phases phases_of(const ConvTransposeGeometry& g, const Multiplier& multiplier) {
          {g.groups, g.in_channels, g.out_channels, g.kernel[0], g.kernel[1], g.kernel[2]})
         mix(value);
     mix(uint64_t(multiplier.operands) << 16 | uint64_t(phases.order) << 8 | multiplier.columns);
-    for (const Class& d : dims[0][chosen >> 2])
-        for (const Class& h : dims[1][chosen >> 1 & 1])
-            for (const Class& w : dims[2][chosen & 1]) {
-                Product product;
-                product.low = {d.low, h.low, w.low};
-                product.count = {d.end - d.low, h.end - h.low, w.end - w.low};
-                for (int64_t i : d.offsets)
-                    for (int64_t j : h.offsets)
-                        for (int64_t k : w.offsets) product.offsets.push_back({i, j, k});
-                for (const Residue& i : d.residues)
-                    for (const Residue& j : h.residues)
-                        for (const Residue& k : w.residues) {
-                            product.shifts.push_back({i.shift, j.shift, k.shift});
-                            for (int64_t x : i.taps)
-                                for (int64_t y : j.taps)
-                                    for (int64_t z : k.taps)
-                                        product.taps.push_back((x * g.kernel[1] + y) * g.kernel[2] +
-                                                               z);
-                        }
-                product.weights = phases.weights;
-                mix(product.shifts.size());
-                for (int64_t tap : product.taps) mix(tap);
-                product.across = int(w.residues.size());
-                phases.weights += product.offsets.size() * phases.depth *
-                                  padded_weights(phases, product, g.out_channels, multiplier);
-                phases.products.push_back(std::move(product));
-            }
+    for_each(chosen, [&](const Class& d, const Class& h, const Class& w) {
+        Product product;
+        product.low = {d.low, h.low, w.low};
+        product.count = {d.end - d.low, h.end - h.low, w.end - w.low};
+        product.across = int(w.residues.size());
+        for (int64_t i : d.offsets)
+            for (int64_t j : h.offsets)
+                for (int64_t k : w.offsets) product.offsets.push_back({i, j, k});
+        for (const Residue& i : d.residues)
+            for (const Residue& j : h.residues)
+                for (const Residue& k : w.residues) {
+                    product.shifts.push_back({i.shift, j.shift, k.shift});
+                    for (int64_t x : i.taps)
+                        for (int64_t y : j.taps)
+                            for (int64_t z : k.taps)
+                                product.taps.push_back((x * g.kernel[1] + y) * g.kernel[2] + z);
+                }
+        mix(product.shifts.size());
+        for (int64_t tap : product.taps) mix(tap);
+        product.weights = phases.weights;
+        phases.weights += product.offsets.size() * phases.depth * padded_outputs(phases, product);
+        phases.products.push_back(std::move(product));
+    });
     phases.digest = digest;
     return phases;
 }

@@ -48,21 +48,25 @@ Phases phases_of(const ConvTransposeGeometry& geometry, const Multiplier& multip
 double multiplications(const Phases& phases);
 
 // Columns of the panels of a product, the last of which may be half a panel.
-inline int64_t padded_columns(int64_t columns, const Multiplier& multiplier) {
-    const int64_t half = multiplier.columns / 2;
-    return (columns + half - 1) / half * half;
-}
+int64_t padded_columns(int64_t columns, const Multiplier& multiplier);
 
-// Rows of its tiles, all of which have as many; a multiple of `unit`.
-inline int rows_of_tile(int64_t rows, int unit, const Multiplier& multiplier) {
-    if (multiplier.operands == Operands::kTiles) return multiplier.rows;
-    const int64_t most = multiplier.rows / unit * unit;
-    const int64_t tiles = (rows + most - 1) / most, each = (rows + tiles - 1) / tiles;
-    return int((each + unit - 1) / unit * unit);
-}
+// Outputs of a position, of how many the weights of a panel are, how many of them the panels hold,
+// the last of which may be smaller, and how many panels there are.
+int64_t outputs_of(const Phases& phases, const Product& product);
+int span_of(const Phases& phases, const Product& product);
+int64_t padded_outputs(const Phases& phases, const Product& product);
+int64_t panels_of(const Phases& phases, const Product& product);
 
-// How much of the weights' side of a product there is, rounded up.
-int64_t padded_weights(const Phases& phases, const Product& product, int64_t out_channels,
-                       const Multiplier& multiplier);
+struct Output {
+    int64_t phase, channel;
+};
+
+// The n-th of a product's outputs.
+inline __attribute__((always_inline)) Output output_of(const Phases& phases, const Product& product,
+                                                       int64_t n) {
+    const int64_t channels = phases.geometry.out_channels, count = product.shifts.size();
+    if (phases.order == Order::kChannelsInner) return {n / channels, n % channels};
+    return {n % count, n / count};
+}
 
 }  // namespace fastgen
