@@ -231,4 +231,11 @@ def info() -> str:
     lines.append(f"triton: {'.'.join(map(str, version)) if version else 'not installed'}")
     lines += ["", f"{'op':16} {'on':5} {'backend':10} serves float32"]
     lines += [f"{op:16} {device:5} {name:10} {state}" for op, device, name, state in table()]
+    if _native is not None:
+        lines += [
+            "",
+            "conv_transpose on the cpu: products of packed weights; or PyTorch's operator, and one",
+            "pass behind it, where that was measured to be faster: channels last with groups, or",
+            "with kernels that are no multiple of their stride (conv_transpose_cpu.is_packed)",
+        ]
     return "\n".join(lines)
