@@ -64,6 +64,10 @@ def test_generator(name, batch, dtype, race, device):
             variants["compile freezing"] = torch.compile(
                 copy.deepcopy(theirs), dynamic=False, options={"freezing": True}
             )
+            if device.type == "cuda":
+                variants["compile autotuned"] = torch.compile(
+                    copy.deepcopy(theirs), dynamic=False, mode="max-autotune"
+                )
     if name == "HiFi-GAN":
         del variants["fastgen channels_last"]
     bytes_, flops = work(eager, x)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 
 import torch
 
 import fastgen
-from fastgen import Output, Row
+from fastgen import Output, Row, backends
 from fastgen.bench.gpu_parts import Parity, made, row_of_everything
 from fastgen.bench.variants import captured
 
@@ -150,38 +151,75 @@ def large(device: torch.device, dry: bool) -> dict:
 
 
 def conv_transpose(device: torch.device, dry: bool) -> dict:
-    """Triton's error against float64, over PyTorch's own on the same input and dtype."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    cases = [(1, 8, 6, 5, 4, 2, 1)]  # batch, channels in and out, size, kernel, stride, padding
+    """The error against float64 of every way to run it, over PyTorch's own on the same input and
+    dtype, with TF32 and without."""
+    # batch, channels in and out of a group, groups, size, kernel, stride, padding
+    cases = [(1, 8, 6, 1, (5, 5), 4, 2, 1), (1, 6, 1, 2, (7,), 4, 2, 1)]
     if not dry:
-        cases += [(8, 512, 256, 16, 4, 2, 1), (8, 256, 128, 32, 4, 2, 1), (2, 100, 512, 1, 4, 1, 0)]
-        cases += [(3, 33, 17, 19, 3, 2, 1), (4, 64, 3, 64, 4, 2, 1)]
+        cases += [
+            (8, 512, 256, 1, (16, 16), 4, 2, 1), (8, 256, 128, 1, (32, 32), 4, 2, 1),
+            (1, 1024, 512, 1, (4, 4), 4, 2, 1), (2, 100, 512, 1, (1, 1), 4, 1, 0),
+            (3, 33, 17, 1, (19, 19), 3, 2, 1), (4, 64, 3, 1, (64, 64), 4, 2, 1),
+            (1, 512, 256, 1, (86,), 16, 8, 4), (2, 128, 64, 1, (777,), 4, 2, 1),
+            (1, 64, 1, 1, (4001,), 4, 2, 1), (2, 32, 3, 1, (9, 10, 11), 4, 2, 1),
+            (3, 1, 1, 96, (31, 33), 4, 2, 1), (2, 4, 8, 16, (20, 21), 3, 2, 1),
+        ]  # fmt: skip
+    dtypes = (FLOAT32,) if dry else (FLOAT32, BFLOAT16, FLOAT16)
     failures, rows = 0, []
-    for dtype in (FLOAT32,) if dry else (FLOAT32, BFLOAT16, FLOAT16):
-        for batch, inner, outer, size, kernel, stride, padding in cases:
-            generator = torch.Generator().manual_seed(size)
-            x = torch.randn(batch, inner, size, size, generator=generator).to(dtype)
-            w = torch.randn(inner, outer, kernel, kernel, generator=generator)
-            w = (w / (inner * kernel * kernel / stride**2) ** 0.5).to(dtype)
-            arguments = {"stride": stride, "padding": padding}
-            exact = torch.nn.functional.conv_transpose2d(x.double(), w.double(), **arguments)
-            x, w = x.to(device), w.to(device)
-            theirs = torch.nn.functional.conv_transpose2d(x, w, **arguments)
-            ours = fastgen.conv_transpose2d(x, w, **arguments, backend="triton")
-            again = fastgen.conv_transpose2d(x, w, **arguments, backend="triton")
-            errors = [float((v.double().cpu() - exact).abs().max()) for v in (ours, theirs)]
-            worst = max(2 * errors[1], torch.finfo(dtype).eps * float(exact.abs().max()))
-            good = errors[0] <= worst and torch.equal(ours, again)
-            failures += not good
-            rows.append({"dtype": str(dtype), "shape": list(x.shape), "errors": errors})
-            mark = "" if good else "BAD "
-            print(f"{mark}{dtype} {tuple(x.shape)} {tuple(w.shape)} ours, torch's: {errors}")
+    for dtype, case in itertools.product(dtypes, cases):
+        for tf32 in (False, True) if dtype is FLOAT32 and not dry else (False,):
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+            errors, repeated = conv_transpose_errors(device, dtype, *case)
+            theirs, scale = errors.pop("torch"), errors.pop("largest")
+            worst = max(2 * theirs, torch.finfo(dtype).eps * scale)
+            bad = [name for name, error in errors.items() if not error <= worst]
+            bad += [f"{name} repeats not its bits" for name, same in repeated.items() if not same]
+            failures += bool(bad)
+            rows.append({"dtype": str(dtype), "tf32": tf32, "case": case, "theirs": theirs,
+                         "errors": errors})  # fmt: skip
+            mark = f"BAD {bad} " if bad else ""
+            print(f"{mark}{dtype}{' tf32' * tf32} {case}: torch's {theirs:.3g}, {errors}")
+    from fastgen.ops.conv_transpose_gpu import chosen
+
+    for layer, route in chosen.items():
+        print(f"{tuple(layer.weight)} groups {layer.groups} of 2^{layer.positions} positions "
+              f"{layer.dtype}{' tf32' * layer.tf32}: {route}")  # fmt: skip
     return {
         "failures": failures,
         "cases": rows,
         "summary": f"{failures} of {len(rows)} too inexact",
     }
+
+
+def conv_transpose_errors(
+    device, dtype, batch, inner, outer, groups, size, kernel, stride, padding
+) -> tuple[dict, dict]:
+    """By way: the largest error, PyTorch's and the largest value among them; whether a second call
+    gave the same bits."""
+    dims = len(size)
+    theirs = getattr(torch.nn.functional, f"conv_transpose{dims}d")
+    ours = getattr(fastgen, f"conv_transpose{dims}d")
+    generator = torch.Generator().manual_seed(sum(size))
+    x = torch.randn(batch, inner * groups, *size, generator=generator).to(dtype)
+    w = torch.randn(inner * groups, outer, *[kernel] * dims, generator=generator)
+    w = (w / (inner * (kernel / stride) ** dims) ** 0.5).to(dtype)
+    arguments = {"stride": stride, "padding": padding, "groups": groups}
+    exact = theirs(x.double(), w.double(), **arguments)
+    x, w = x.to(device), w.to(device)
+    errors = {"largest": float(exact.abs().max())}
+    errors["torch"] = float((theirs(x, w, **arguments).double().cpu() - exact).abs().max())
+    repeated = {}
+    for name in (*GPU_BACKENDS, None):
+        if name and backends.refusal("conv_transpose", name, device.type, dtype):
+            continue
+        last = torch.channels_last if dims < 3 else torch.channels_last_3d
+        for layout in (None, last):
+            way = f"{name or 'chosen'}{' channels_last' if layout else ''}"
+            y = ours(x, w, **arguments, backend=name, memory_format=layout)
+            again = ours(x, w, **arguments, backend=name, memory_format=layout)
+            errors[way] = float((y.double().cpu() - exact).abs().max())
+            repeated[way] = torch.equal(y, again)
+    return errors, repeated
 
 
 def benchmarks(device: torch.device, dry: bool, folder) -> dict:
@@ -190,7 +228,7 @@ def benchmarks(device: torch.device, dry: bool, folder) -> dict:
     from fastgen.bench.run import run
 
     ops = ["forward"] if dry else [
-        "sizes", "step", "guidance", "forward", "noise", "reparameterize", "conv_transpose",
+        "sizes", "step", "guidance", "forward", "noise", "reparameterize", "conv_transpose", "fuse",
         "sampling",
     ]  # fmt: skip
     file = folder / "bench.json"

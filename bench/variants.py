@@ -72,7 +72,7 @@ def replays(variants: dict[str, Run], inputs: Sequence[tuple]) -> dict[str, Run]
     """The variants whose launches can be replayed from a CUDA graph; what cannot says why."""
     found: dict[str, Run] = {}
     for name, run in variants.items():
-        if name not in ("fastgen", "fastgen triton", "eager"):
+        if name.removesuffix(" channels_last") not in ("fastgen", "fastgen triton", "eager"):
             continue  # torch.compile has a mode of its own, and diffusers' steps synchronise
         try:
             found[f"{name} graph"] = Replay(run, inputs)

@@ -215,25 +215,50 @@ uint64_t fingerprint(py::handle tensor) {
     return (digest[0] ^ digest[1] >> 7) * 31 + (digest[2] ^ digest[3] >> 9);
 }
 
-// in and out: (B, C, [D, [H,]] W).
+// (B, C, [D, [H,]] W); how many there are.
+int64_t read_images(Tensor& tensor, py::handle source) {
+    View view;
+    read_tensor(tensor, source, view);
+    tensor.batch_stride = view.stride[0];
+    tensor.stride[0] = view.stride[1];
+    read_strides(view, 2, tensor.stride + 1);
+    return view.size[0];
+}
+
 void conv_transpose(py::handle in, py::handle packed, py::handle out,
                     const ConvTransposeLayout& layout, py::handle bias, py::handle scale,
                     py::handle shift, int activation, double negative_slope, int threads) {
     ConvTransposeParams p{};
-    View view;
-    for (auto [tensor, source] : {std::pair(&p.in, in), std::pair(&p.out, out)}) {
-        read_tensor(*tensor, source, view);
-        tensor->batch_stride = view.stride[0];
-        tensor->stride[0] = view.stride[1];
-        read_strides(view, 2, tensor->stride + 1);
-    }
-    p.batch = view.size[0];
+    read_images(p.in, in);
+    p.batch = read_images(p.out, out);
     p.weight = address(packed);
     p.phases = &layout;
     p.epilogue = read_epilogue(bias, scale, shift, activation, negative_slope);
     if (double(p.batch) * multiplications(layout) < kProductGrain) threads = 1;
     py::gil_scoped_release release;
     cpu_kernels().conv_transpose(p, threads);
+}
+
+// The CUDA kernel for few channels a group; `threads` is there for the epilogue's order of
+// arguments.
+void conv_transpose_direct(py::handle in, py::handle weight, py::handle out, py::tuple geometry,
+                           py::handle bias, py::handle scale, py::handle shift, int activation,
+                           double negative_slope, int, [[maybe_unused]] py::handle stream) {
+    DirectConvTransposeParams p{};
+    View view;
+    read_tensor(p.weight, weight, view);
+    p.weight.stride[0] = view.stride[0];
+    p.weight.stride[1] = view.stride[1];
+    read_strides(view, 2, p.weight.stride + 2);
+    read_images(p.in, in);
+    p.batch = read_images(p.out, out);
+    p.geometry = read_geometry(geometry);
+    p.epilogue = read_epilogue(bias, scale, shift, activation, negative_slope);
+#if defined(FASTGEN_CUDA)
+    run_cuda(cuda::conv_transpose, p, reinterpret_cast<void*>(as_int(stream.ptr())));
+#else
+    throw std::runtime_error("built without CUDA");
+#endif
 }
 
 void channel_epilogue(py::handle in, py::handle out, int64_t outer, int64_t channels, int64_t inner,
@@ -320,6 +345,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         .def_readonly("digest", &ConvTransposeLayout::digest);
     m.def("conv_transpose_pack", &conv_transpose_pack);
     m.def("conv_transpose", &conv_transpose);
+    m.def("conv_transpose_direct", &conv_transpose_direct);
     m.def("fingerprint", &fingerprint);
     m.def("channel_epilogue", &channel_epilogue);
     m.def("philox4x32", &philox);

@@ -148,6 +148,15 @@ struct ConvTransposeParams {
     Epilogue epilogue;
 };
 
+// The same of a weight as it is, without panels: csrc/cuda/conv_transpose.cu. Its strides are
+// (input channel, output channel, depth, height, width). One dtype for all; out overlaps no input.
+struct DirectConvTransposeParams {
+    Tensor in, weight, out;
+    int64_t batch;
+    ConvTransposeGeometry geometry;
+    Epilogue epilogue;
+};
+
 // weight has the strides (input channel, output channel, depth, height, width).
 struct PackParams {
     Tensor weight;

@@ -58,7 +58,7 @@ OPS = {  # op: what has a kernel for it
     "step": BACKENDS,
     "reparameterize": BACKENDS,
     "rescale": BACKENDS,
-    "conv_transpose": ("triton", "cpu", "reference"),
+    "conv_transpose": ("triton", "cuda", "cpu", "reference"),
 }
 MIN_TRITON = (3, 6)  # 3.4 and 3.5 flush denormals in square roots, 3.3 does not compile the kernels
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -237,5 +237,8 @@ def info() -> str:
             "conv_transpose on the cpu: products of packed weights; or PyTorch's operator, and one",
             "pass behind it, where that was measured to be faster: channels last with groups, or",
             "with kernels that are no multiple of their stride (conv_transpose_cpu.is_packed)",
+            "on a gpu: triton's matrix products, cuda's plain sums for few channels a group, or",
+            "PyTorch's operator and one pass behind it, by what was the fastest when a layer first",
+            "met a size (ops.conv_transpose_gpu.chosen)",
         ]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -401,6 +401,7 @@ def _fused_conv(conv: nn.Module, name: str, match: _Match, norm: nn.Module | Non
     else:  # what torch made of the class, of another base
         own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
         conv.__class__ = type(cls.__name__, (FUSED[plain],), own)
+    cast(_Fused, conv)._lay_out_weight()
     if norm is not None:
         conv.__dict__["_norm"], conv.__dict__["_norm_class"] = norm, type(norm)
     if match.activation is not None:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from . import backends, checks
 from .ops import conv_transpose as ops
-from .ops.conv_transpose_cpu import state_of
+from .ops import conv_transpose_cpu
 from .reference.conv_transpose import ACTIVATIONS
 
 _OPS = {1: ops.conv_transpose1d, 2: ops.conv_transpose2d, 3: ops.conv_transpose3d}
@@ -43,6 +43,19 @@ class _ConvTranspose(nn.modules.conv._ConvTransposeNd):
         self.activation = activation
         self.negative_slope = checks.number("negative_slope", negative_slope)
         self.memory_format = memory_format
+        self._lay_out_weight()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _ConvTranspose:
+        super()._apply(fn, recurse)
+        self._lay_out_weight()
+        return self
+
+    def _lay_out_weight(self) -> None:
+        """On a GPU, with its output channels side by side, as the kernels there read it: in another
+        order it would be copied at every call."""
+        weight = self._parameters.get("weight")  # None where it is parametrized
+        if weight is not None and _is_on_gpu(weight) and weight.stride(1) != 1:
+            weight.data = conv_transpose_cpu.laid_out(weight, False)
 
     @property
     def memory_format(self) -> torch.memory_format | None:
@@ -109,6 +122,10 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
 
     activation, negative_slope: as there. memory_format: of the result, as there.
     """
+
+
+def _is_on_gpu(weight: Tensor) -> bool:
+    return weight.is_cuda
 
 
 # ---- with a normalisation folded in, as ``fastgen.fuse`` makes them ------------------------------
@@ -192,7 +209,7 @@ class _Fused(_ConvTranspose):
     def _remembered(self, name: str, parts: tuple, option: Any, make: Callable[[], Any]) -> Any:
         """What is made of tensors, made anew where one of them is another or has changed."""
         kept = self.__dict__.setdefault("_kept", {})
-        state = option, [None if t is None else state_of(t) for t in parts]
+        state = option, [None if t is None else conv_transpose_cpu.state_of(t) for t in parts]
         known = kept.get(name)
         if known is None or known[0] != state or any(map(operator.is_not, known[1], parts)):
             with torch.inference_mode(False), torch.no_grad():

@@ -43,6 +43,13 @@ def compile_all(capability: int) -> Iterator[tuple[str, str, bytes, int]]:
     target = GPUTarget("cuda", capability, 32)
     for module in (step, reparameterize, guidance, conv_transpose):
         for name, kernel, arguments in module.specializations():
-            options = getattr(module, "OPTIONS", tile.OPTIONS)
-            compiled = triton.compile(source(kernel, arguments), target=target, options=options)
+            compiled = triton.compile(
+                source(kernel, arguments), target=target, options=options_of(module, arguments)
+            )
             yield name, compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared
+
+
+def options_of(module, arguments: dict) -> dict:
+    """The compiler's options: the module's, and those that a call would pass."""
+    own = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    return {**getattr(module, "OPTIONS", tile.OPTIONS), **own}

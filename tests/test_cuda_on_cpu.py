@@ -1,4 +1,5 @@
-"""The CUDA kernels, compiled for the CPU with an emulation of thread blocks, give the CPU's bits.
+"""The CUDA kernels, compiled for the CPU with an emulation of thread blocks, give the CPU's bits
+(the transposed convolution: errors of at most twice PyTorch's).
 
 What only a GPU can show (the machine code, speed, streams, graphs) is bench/gpu_check.py's.
 """
@@ -6,6 +7,7 @@ What only a GPU can show (the machine code, speed, streams, graphs) is bench/gpu
 from __future__ import annotations
 
 import importlib.util
+import math
 import random
 import shutil
 import subprocess
@@ -15,14 +17,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_conv_transpose import ACTIVATIONS, Case
 
 import fastgen
 from fastgen import Loop, NoiseSchedule, backends, solvers
 from fastgen.ops import kernel
-from fastgen.testing import assert_bitwise
+from fastgen.testing import assert_bitwise, assert_close_to_oracle
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT64 = torch.float64
 INFINITY = float("inf")
 CPU, CUDA = (1, None), (1, 0)  # threads, stream: a stream means the CUDA kernels
 
@@ -258,6 +262,169 @@ def test_rescale(native, shape, layouts, dtypes):
             native.rescale(shape, cond, uncond, guidance, 0.7, partials, scale, *target)
             results.append(bits(scale))
         assert torch.equal(*results)
+
+
+# ---- the direct transposed convolution -----------------------------------------------------------
+
+PLACES = ("contiguous", "channels last", "sliced", "offset")
+
+
+def placed(shape, dtype, place, fill):
+    """Memory full of one number, and a tensor in the middle of it."""
+    order = [0, *range(2, len(shape)), 1] if place == "channels last" else [*range(len(shape))]
+    sizes = [shape[dim] for dim in order]
+    step, margin = (2 if place == "sliced" else 1), (3 if place == "offset" else 16)
+    room = torch.full((math.prod(sizes) * step + 2 * margin,), fill, dtype=dtype)
+    inner = room[margin : room.numel() - margin].view(*sizes[:-1], step * sizes[-1])[..., ::step]
+    return room, inner.permute([order.index(dim) for dim in range(len(shape))])
+
+
+def put(value, place):
+    """The values of a tensor in some place, NaN around them; expanded: those of one channel."""
+    if place == "expanded":
+        return value[:, :1].expand(value.shape)
+    return placed(value.shape, value.dtype, place, math.nan)[1].copy_(value)
+
+
+def direct(native, case, place="contiguous"):
+    """The kernel's result, of which nothing lies outside."""
+    x, weight, given = case.input, case.weight, case.geometry
+    absent = 3 - case.dims
+    sizes = case.eager(FLOAT64).shape[2:]
+    numbers = []
+    for values, neutral in (
+        (x.shape[2:], 1), (sizes, 1), (weight.shape[2:], 1), (given["stride"], 1),
+        (given["padding"], 0), (given["dilation"], 1),
+    ):  # fmt: skip
+        numbers += [neutral] * absent + list(values)
+    groups = given["groups"]
+    numbers += [groups, weight.shape[0] // groups, weight.shape[1], 0]
+    shape = (x.shape[0], weight.shape[1] * groups, *sizes)
+    room, out = placed(shape, x.dtype, place, 77.0)
+    vectors = [None if v is None else v.float() for v in (case.bias, case.scale, case.shift)]
+    code = ACTIVATIONS.index(case.activation)
+    native.conv_transpose_direct(x, weight, out, tuple(numbers), *vectors, code, 0.2, 1, 0)
+    result = out.clone()
+    out.fill_(77.0)
+    assert (room == 77.0).all()
+    return result
+
+
+def check_direct(native, case, place="contiguous", again=True):
+    """Within twice PyTorch's error, and of 16 bits within one rounding of what float32 gives."""
+    result, exact, dtype = direct(native, case, place), case.eager(FLOAT64), case.input.dtype
+    assert_close_to_oracle(result, case.eager(dtype), exact, rounding=case.rounding())
+    if dtype is not FLOAT32:
+        wide = Case(case.input.float(), case.weight.float(), *list(vars(case).values())[2:])
+        unit, least = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal
+        allowed = 1.01 * unit * exact.abs() + 4 * wide.rounding() + unit * least
+        assert ((result.double() - exact).abs() <= allowed).all()
+    if again:
+        assert_bitwise(direct(native, case, place), result)
+
+
+def random_case(choose, seed):
+    """Few channels a group, and every kind of geometry that PyTorch takes."""
+    dims = choose.choice((1, 2, 2, 3))
+
+    def sizes(low, high):
+        return [choose.randint(low, high) for _ in range(dims)]
+
+    while True:
+        most = 7 - dims
+        spatial = sizes(1, (20, 5, 3)[dims - 1])
+        kernel, stride, dilation = sizes(1, most), sizes(1, most), sizes(1, 4)
+        padding, extra = (
+            sizes(0, 3),
+            [choose.randrange(max(stride[d], dilation[d])) for d in range(dims)],
+        )
+        if choose.random() < 0.3:
+            kernel, stride, padding, dilation = ([n] * dims for n in choose.choice(
+                [(4, 2, 1, 1), (3, 2, 1, 1), (1, 1, 0, 1), (2, 3, 0, 1), (3, 2, 1, 4), (5, 4, 2, 6)]
+            ))  # fmt: skip
+            extra = [choose.randrange(max(stride[0], dilation[0])) for _ in range(dims)]
+        numbers = zip(spatial, kernel, stride, padding, dilation, extra, strict=True)
+        if all((n - 1) * s - 2 * p + d * (k - 1) + e >= 0 for n, k, s, p, d, e in numbers):
+            break
+    groups, inputs, outputs = choose.choice([
+        (1, choose.randint(1, 40), choose.randint(1, 4)), (1, 16, choose.randint(1, 9)),
+        (choose.randint(2, 36 // dims), 1, 1), (choose.randint(2, 9), 1, choose.randint(2, 9)),
+        (choose.randint(2, 5), choose.randint(2, 8), choose.randint(1, 9)),
+        (2, 8 * choose.randint(1, 3), choose.randint(1, 5)),
+    ])  # fmt: skip
+    dtype = choose.choice(DTYPES)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    channels = groups * outputs
+    x = put(normal(choose.choice((0, 1, 2, 3)), groups * inputs, *spatial),
+            choose.choice((*PLACES, "channels last", "expanded")))  # fmt: skip
+    weight = put(normal(groups * inputs, outputs, *kernel) * inputs**-0.5, choose.choice(PLACES))
+    vectors = [normal(channels) if choose.random() < 0.6 else None for _ in range(3)]
+    geometry = {"stride": stride, "padding": padding, "output_padding": extra, "groups": groups,
+                "dilation": dilation}  # fmt: skip
+    return Case(x, weight, vectors[0], geometry, *vectors[1:], choose.choice(ACTIVATIONS))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_direct_conv_transpose(native, seed):
+    choose = random.Random(seed)
+    for repeat in range(25):
+        case = random_case(choose, 100 * seed + repeat)
+        place = choose.choice(PLACES)
+        if case.input.shape[0] == 0:
+            assert direct(native, case, place).numel() == 0
+        else:
+            check_direct(native, case, place, again=repeat % 4 == 0)
+
+
+def direct_case(batch, groups, inputs, outputs, sizes, kernel, stride, dtype, **more):
+    """Channels are those of a group."""
+    dims, generator = len(sizes), torch.Generator().manual_seed(5)
+    x = torch.randn((batch, groups * inputs, *sizes), generator=generator)
+    weight = torch.randn((groups * inputs, outputs, *kernel), generator=generator) * inputs**-0.5
+    geometry = {"stride": stride, "padding": [0] * dims, "output_padding": [0] * dims,
+                "groups": groups, "dilation": [1] * dims}  # fmt: skip
+    vectors = [torch.randn(groups * outputs, generator=generator).to(dtype) for _ in range(3)]
+    return Case(x.to(dtype), weight.to(dtype), vectors[0], geometry | more, *vectors[1:], "tanh")
+
+
+LONG = {
+    "sums of many channels, staged in parts": (2, 1, 208, 3, (3, 5), (4, 4), (2, 2)),
+    "a stride beyond the threads": (1, 1, 6, 2, (5,), (2048,), (512,)),
+    "a kernel beyond the shared memory": (1, 2, 1, 2, (3,), (13000,), (7,)),
+    "many lanes, a large kernel": (1, 40, 1, 3, (2, 2, 2), (6, 5, 6), (2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("place", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LONG)
+def test_direct_conv_transpose_with_large_weights(native, name, dtype, place):
+    case = direct_case(*LONG[name], dtype)
+    case.input = put(case.input, place)
+    check_direct(native, case, place)
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("outputs", [1, 2, 3, 4])
+def test_direct_conv_transpose_of_many_samples(native, outputs, groups):
+    """So many that a thread makes several, and one more; of several groups, of these as well."""
+    samples = 4 if outputs == 1 else 2
+    threads = (1 << 16) * (1 if groups == 1 else 2)
+    case = direct_case(threads * samples // (4 * groups) + 1, groups, 2, outputs, (2,), (3,), (2,),
+                       DTYPES[outputs % 3], padding=[1], output_padding=[1])  # fmt: skip
+    case.input = put(case.input, PLACES[outputs % 2])
+    check_direct(native, case, again=False)
+
+
+def test_direct_conv_transpose_passes_nan_on(native):
+    case = direct_case(1, 1, 3, 2, (2, 2), (4, 4), (2, 2), FLOAT32)
+    case.input[0, 0, 0, 0] = math.nan
+    for case.activation in ACTIVATIONS:
+        assert direct(native, case).isnan().sum() == 2 * 4 * 4
 
 
 # ---- the straight path, to which the CPU's tensors here are a GPU's ------------------------------

@@ -8,6 +8,7 @@ from torch import nn
 
 import fastgen
 from fastgen.reference.conv_transpose import ACTIVATIONS
+from fastgen.testing import assert_bitwise
 
 SIZES = {1: (9,), 2: (5, 4), 3: (3, 2, 4)}
 
@@ -62,6 +63,29 @@ def test_the_results_format():
     assert long(torch.randn(2, 4, 9)).transpose(1, 2).is_contiguous()
 
 
+@pytest.fixture
+def swapping():
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_conversion_by_swapping(swapping):
+    layer, x = fastgen.nn.ConvTranspose2d(4, 3, 4, 2, 1, activation="relu"), torch.randn(2, 4, 5, 5)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        weight = layer.to(dtype).weight
+        layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()})
+        assert layer.weight is weight
+        fresh = torch.nn.Parameter(weight.detach().clone())
+        with torch.no_grad():
+            y = layer(x.to(dtype))
+            assert y.dtype is dtype
+            expected = fastgen.conv_transpose2d(x.to(dtype), fresh, layer.bias, 2, 1,
+                                                activation="relu")  # fmt: skip
+        assert_bitwise(y, expected)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="activation: got 'swish'"):
         fastgen.nn.ConvTranspose2d(4, 3, 4, activation="swish")
@@ -73,3 +97,26 @@ def test_what_does_not_fit_is_refused():
         fastgen.conv_transpose2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2),
                                  out=torch.ones(1, 1, 3, 3),
                                  memory_format=torch.channels_last)  # fmt: skip
+
+
+def test_on_a_gpu_weights_have_their_output_channels_side_by_side(monkeypatch):
+    monkeypatch.setattr(fastgen.nn, "_is_on_gpu", lambda weight: weight.dtype is torch.bfloat16)
+    layer = fastgen.nn.ConvTranspose1d(6, 4, 5, groups=2)
+    parameter, before = layer.weight, layer.weight.detach().clone()
+    assert layer.weight.is_contiguous()
+    layer.to(torch.bfloat16)
+    assert layer.weight is parameter
+    assert layer.weight.stride() == (10, 1, 2)
+    assert torch.equal(layer.weight, before.bfloat16())
+    assert torch.equal(layer.state_dict()["weight"], before.bfloat16())
+    made = fastgen.nn.ConvTranspose2d(4, 3, (2, 5), dtype=torch.bfloat16)
+    assert made.weight.stride(1) == 1
+    network = nn.Sequential(nn.ConvTranspose2d(4, 3, 4, 2, 1), nn.Tanh()).to(torch.bfloat16)
+    assert network[0].weight.stride(1) == 16
+    fused = fastgen.fuse(network)
+    assert fused[0].weight.stride(1) == 1
+    assert torch.equal(fused[0].weight, network[0].weight)
+    normed = fastgen.nn.ConvTranspose1d(4, 4, 3)
+    torch.nn.utils.parametrizations.weight_norm(normed)
+    normed.to(torch.bfloat16)  # whose weight is no parameter
+    assert normed(torch.ones(1, 4, 5, dtype=torch.bfloat16)).shape == (1, 4, 7)

@@ -72,6 +72,17 @@ def test_widths_are_read_off_the_instruction():
         assert static_checks.width(instruction) == bytes_
 
 
+def test_kernels_have_the_names_of_their_choices():
+    start = "_ZN7fastgen4cuda21conv_transpose_kernelI"
+    names = {
+        "NS0_8bfloat16ELi3ELi1ELb1ELb1EEvNS_6ParamsE": "<wide, bfloat16, 3 x 1>",
+        "fLi1ELi4ELb0ELb1EEvNS_6ParamsE": "<staged, float32, 1 x 4>",
+        "NS0_7float16ELi1ELi1ELb0ELb0EEvNS_6ParamsE": "<unstaged, float16, 1 x 1>",
+    }
+    for symbol, name in names.items():
+        assert static_checks.readable(start + symbol) == "conv_transpose_kernel" + name
+
+
 @pytest.mark.parametrize(
     ("change", "breach"),
     [

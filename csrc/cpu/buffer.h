@@ -6,8 +6,9 @@
 
 namespace fastgen::FASTGEN_ISA {
 
-// Memory that grows and stays. Nothing of the standard library's here: its functions, compiled for
-// one instruction set, could be linked in place of another's.
+// Memory that grows and stays. Zero when new: tiles read beyond what was written, and what happens
+// to lie there might be denormal, which is slow. Nothing of the standard library's here: its
+// functions, compiled for one instruction set, could be linked in place of another's.
 struct Buffer {
     char* room = nullptr;
     size_t size = 0;
@@ -18,7 +19,7 @@ struct Buffer {
         if (bytes + 64 > size) {
             free(room);
             size = bytes + 64;
-            room = static_cast<char*>(malloc(size));
+            room = static_cast<char*>(calloc(size, 1));
             if (!room) abort();
         }
         return room + (-reinterpret_cast<uintptr_t>(room) & 63);

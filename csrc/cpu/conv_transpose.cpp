@@ -88,27 +88,43 @@ class Worker {
             rest /= product.count[dim - 1];
         }
         at[0] = rest;
-        for (int64_t i = 0; i < count; ++i) {
+        while (count > 0) {
+            const int64_t left = product.count[2] - at[3], some = left < count ? left : count;
             const int64_t q[3] = {product.low[0] + at[1], product.low[1] + at[2],
                                   product.low[2] + at[3]};
-            find_row(product, at[0], q, rows[i]);
-            for (int dim = 3; dim > 0 && ++at[dim] == product.count[dim - 1]; --dim) at[dim] = 0;
-            if (at[1] == 0 && at[2] == 0 && at[3] == 0) ++at[0];
+            find_line(product, at[0], q, some, rows);
+            rows += some;
+            count -= some;
+            at[3] = 0;
+            for (int dim = 2; dim > 0 && ++at[dim] == product.count[dim - 1]; --dim) at[dim] = 0;
+            if (at[1] == 0 && at[2] == 0) ++at[0];
         }
     }
 
-    FASTGEN_INLINE void find_row(const Product& product, int64_t sample, const int64_t* q,
-                                 Row& row) const {
+    // Positions side by side, from q on.
+    void find_line(const Product& product, int64_t sample, const int64_t* q, int64_t count,
+                   Row* rows) const {
         const ConvTransposeGeometry& g = phases_.geometry;
-        row.in = sample * p_.in.batch_stride;
-        row.out = sample * p_.out.batch_stride;
+        int64_t in = sample * p_.in.batch_stride, out = sample * p_.out.batch_stride;
         for (int dim = 0; dim < 3; ++dim) {
-            row.q[dim] = int32_t(q[dim]);
-            row.in += q[dim] * p_.in.stride[dim + 1];
-            row.out += q[dim] * g.stride[dim] * p_.out.stride[dim + 1];
+            in += q[dim] * p_.in.stride[dim + 1];
+            out += q[dim] * g.stride[dim] * p_.out.stride[dim + 1];
         }
-        row.interior = is_inside(row.q, product.shifts.front(), g.stride, g.out_size) &&
-                       is_inside(row.q, product.shifts.back(), g.stride, g.out_size);
+        const int64_t in_step = p_.in.stride[3], out_step = g.stride[2] * p_.out.stride[3];
+        // whether the first and the last phase have their outputs
+        const Coordinates &low = product.shifts.front(), &high = product.shifts.back();
+        bool inside = true;
+        for (int dim = 0; dim < 2; ++dim) {
+            const int64_t o = q[dim] * g.stride[dim];
+            inside &= o + low[dim] >= 0 && o + high[dim] < g.out_size[dim];
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t o = (q[2] + i) * g.stride[2];
+            rows[i] = {{int32_t(q[0]), int32_t(q[1]), int32_t(q[2] + i)},
+                       inside && o + low[2] >= 0 && o + high[2] < g.out_size[2],
+                       in + i * in_step,
+                       out + i * out_step};
+        }
     }
 
     // One tap of a tile.
@@ -198,10 +214,10 @@ class Worker {
             if (own[1].count() <= 0 || own[2].count() <= 0) continue;
             const int64_t positions = (own[1].count() - 1) * b.row_cells + own[2].count();
             Row* at = row_room_.of_type<Row>(positions);
-            for (int64_t i = 0; i < positions; ++i) {
-                const int64_t q[3] = {plane, own[1].low + i / b.row_cells,
-                                      own[2].low + i % b.row_cells};
-                find_row(product, sample, q, at[i]);
+            for (int64_t i = 0; i < positions; i += b.row_cells) {
+                const int64_t q[3] = {plane, own[1].low + i / b.row_cells, own[2].low};
+                const int64_t left = positions - i;
+                find_line(product, sample, q, left < b.row_cells ? left : b.row_cells, at + i);
             }
             const int64_t taps = product.offsets.size();
             int64_t* offsets = offset_room_.of_type<int64_t>(taps);
@@ -310,9 +326,9 @@ class Worker {
                 else
                     (cutting_.banded ? m_.by_rows : m_.by_panels)(inputs, panel, c, here, some);
                 if (sum.end < sum.all) continue;
-                finish(vectors + (n - begin), end - begin, c, rows_ ? used : here,
-                       rows_ ? width_of(here) : some);
-                scatter_.store(product, group, at + done, here, n, used, c);
+                const int rows = rows_ ? used : here;
+                finish(vectors + (n - begin), end - begin, c, rows, rows_ ? width_of(here) : some);
+                scatter_.store(product, group, at + done, here, n, used, c, rows);
             }
         }
     }

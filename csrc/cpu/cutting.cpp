@@ -5,8 +5,9 @@ namespace {
 
 constexpr int64_t kBlockBytes = 768 << 10;  // of inputs laid out, which stay in the second cache
 constexpr int64_t kBandBytes = 192 << 10;   // of a band, whose channels lie on pages of their own
-constexpr int64_t kManyTiles = 8;           // of a block, for which its weights are read once
-constexpr int64_t kShares = 3;              // tasks a thread at least
+constexpr int64_t kLeastWidth = 4 * kMostColumns;  // of a part of a row
+constexpr int64_t kManyTiles = 8;  // of a block, for which its weights are read once
+constexpr int64_t kShares = 3;     // tasks a thread at least
 
 // What laying out one position takes, in columns of a product.
 constexpr double kLaying = 24.0, kLayingTiles = 64.0;
@@ -69,17 +70,19 @@ class Cutter {
         const int64_t room = kBandBytes / (made_.words * made_.word + 1);
         b.rows = room / (planes * b.row_cells) - b.halo(1);
         b.width = b.q[2].count();
-        b.split = b.rows < 1;
-        if (b.split) {  // not even one: a part of one
+        const int64_t each = batch_ * phases_.geometry.groups * b.q[0].count();
+        const int64_t wanted = threads > 1 ? kShares * threads : 1;
+        b.split = b.rows < 1 || (all == 1 && each < wanted);
+        if (b.split) {  // not even one, or too few of them: a part of one
             b.rows = 1;
-            const int64_t fits = room / (planes * (1 + b.halo(1))) - b.halo(2);
-            b.width = fits < 4 * kMostColumns ? 4 * kMostColumns : fits;
+            int64_t fits = room / (planes * (1 + b.halo(1))) - b.halo(2);
+            const int64_t share = pieces(b.q[2].count(), pieces(wanted, each * all));
+            if (fits > share) fits = share;
+            b.width = fits < kLeastWidth ? kLeastWidth : fits;
             if (b.width > b.q[2].count()) b.width = b.q[2].count();
             b.left = 0;
             b.row_cells = b.width + b.halo(2);
         }
-        const int64_t each = batch_ * phases_.geometry.groups * b.q[0].count();
-        const int64_t wanted = threads > 1 ? kShares * threads : 1;
         if (b.rows > all) b.rows = all;
         while (each * pieces(all, b.rows) < wanted && b.rows >= 16) b.rows = (b.rows + 1) / 2;
         b.down = pieces(all, b.rows);
@@ -126,7 +129,7 @@ class Cutter {
             cut.tile = made_.tile_of(cut.positions);
             const int64_t tap_bytes = made_.tap_words(cut.tile) * made_.word;
             cut.taps = product.offsets.size();
-            // Where few tiles fit, and no sum of kPartial products is cut, fewer taps at a time:
+            // Where few tiles fit, and no partial sum is cut, fewer taps at a time:
             // then the weights are read for more tiles at once.
             if (kBlockBytes < kManyTiles * cut.taps * tap_bytes && phases_.depth % 64 == 0) {
                 cut.taps = kBlockBytes / (kManyTiles * tap_bytes);

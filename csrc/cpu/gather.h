@@ -140,9 +140,12 @@ static void gather_row(Place place, const Channels& channels, const Element* fro
                 }
             }
             transpose_words(rows, 16, 16, block[0], 16);
-            for (int64_t i = 0; i < left; ++i)
-                __builtin_memcpy(static_cast<char*>(to) + ((first + i) * pitch + c) * size,
-                                 block[i], some * size);
+            char* target = static_cast<char*>(to) + (first * pitch + c) * size;
+            for (int64_t i = 0; i < left; ++i, target += pitch * size)
+                if (some == 16 * each)
+                    __builtin_memcpy(target, block[i], sizeof block[i]);
+                else
+                    __builtin_memcpy(target, block[i], some * size);
         }
     }
 }

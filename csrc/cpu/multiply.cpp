@@ -1,5 +1,5 @@
-// float32 tiles on every instruction set. Sums of kPartial products are added up, which keeps the
-// rounding error of long sums small.
+// float32 tiles on every instruction set. Partial sums are added up, which keeps the rounding error
+// small.
 #include "multiply.h"
 
 #include "kernels.h"
@@ -16,7 +16,9 @@ constexpr int kLanes = 8, kRows = 6;
 constexpr int kLanes = 4, kRows = 4;
 #endif
 constexpr int kColumns = 2 * kLanes;
-constexpr int64_t kPartial = 64;
+
+// Products of a partial sum. A short sum must not be one chain: PyTorch has one for each tap.
+int64_t partial_of(int64_t products) { return products < 256 ? 16 : 64; }
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
@@ -38,13 +40,14 @@ void multiply_tile(const Inputs& x, const float* weights, float* c) {
         for (int v = 0; v < V; ++v) sum[i][v] = Vector{};
     int64_t pitch = x.pitch, pending = 0;
     const char *ahead = x.ahead, *ahead_end = ahead + 64 * x.ahead_lines;
-    const int64_t chunks = x.taps * ((x.depth + kPartial - 1) / kPartial);
+    const int64_t partial = partial_of(x.taps * x.depth);
+    const int64_t chunks = x.taps * ((x.depth + partial - 1) / partial);
     const int64_t ahead_step = chunks > 0 ? 64 * ((x.ahead_lines + chunks - 1) / chunks) : 0;
     bool first = !x.add;
     for (int tap = 0; tap < x.taps; ++tap) {
         const float* inputs = static_cast<const float*>(x.base) + x.offsets[tap];
-        for (int64_t done = 0; done < x.depth; done += kPartial) {
-            const int64_t count = x.depth - done < kPartial ? x.depth - done : kPartial;
+        for (int64_t done = 0; done < x.depth; done += partial) {
+            const int64_t count = x.depth - done < partial ? x.depth - done : partial;
             RowPointers<R, float> rows(inputs + done, pitch);
             const float* a = C ? weights : inputs + done * pitch;
             const float* b = C ? inputs + done * pitch : weights;
@@ -66,7 +69,7 @@ void multiply_tile(const Inputs& x, const float* weights, float* c) {
             for (int64_t line = 0; line < ahead_step && ahead < ahead_end; line += 64, ahead += 64)
                 __builtin_prefetch(ahead, 0, 2);
             pending += count;
-            if (pending < kPartial) continue;
+            if (pending < partial) continue;
             pending = 0;
             for (int i = 0; i < R; ++i)
                 for (int v = 0; v < V; ++v) {
@@ -95,8 +98,15 @@ void multiply(const Inputs& x, const void* weights, float* c, int rows, int colu
 
 }  // namespace
 
-extern const Multiplier multiplier = {
-    Operands::kFloats,       kRows,   kColumns, 1, multiply<Way::kRows>, multiply<Way::kPanels>,
-    multiply<Way::kColumns>, nullptr, nullptr};
+extern const Multiplier multiplier = {Operands::kFloats,
+                                      kRows,
+                                      kColumns,
+                                      1,
+                                      multiply<Way::kRows>,
+                                      multiply<Way::kPanels>,
+                                      multiply<Way::kColumns>,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr};
 
 }  // namespace fastgen::FASTGEN_ISA

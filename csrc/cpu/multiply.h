@@ -40,6 +40,9 @@ struct Multiplier {
     void (*by_panels)(const Inputs&, const void* weights, float* c, int rows, int columns);
     // c = weights as rows by inputs as columns
     void (*by_columns)(const Inputs&, const void* weights, float* c, int rows, int columns);
+    // to (rows, kMostColumns) = c in bfloat16, denormals as zero; null: without an instruction for
+    // it
+    void (*narrow)(const float* c, int rows, uint16_t* to);
     void (*begin)();  // before and behind a thread's tiles; null: nothing is to be done
     void (*end)();
 };

@@ -7,6 +7,16 @@
 #include "multiply.h"
 
 namespace fastgen {
+namespace {
+
+void narrow(const float* c, int rows, uint16_t* to) {
+    for (int i = 0; i < rows; ++i, c += kMostColumns, to += kMostColumns) {
+        const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(c + 16), _mm512_loadu_ps(c));
+        _mm512_storeu_si512(to, (__m512i)both);
+    }
+}
+
+}  // namespace
 
 // ---- avx512_bf16 ------------------------------------------------------------------------------
 
@@ -60,8 +70,8 @@ void multiply(const Inputs& x, const void* weights, float* c, int rows, int colu
 }  // namespace
 
 extern const Multiplier multiplier = {
-    Operands::kPairs,        kRows,   kColumns, 2, multiply<Way::kRows>, multiply<Way::kPanels>,
-    multiply<Way::kColumns>, nullptr, nullptr};
+    Operands::kPairs,        kRows,  kColumns, 2,      multiply<Way::kRows>, multiply<Way::kPanels>,
+    multiply<Way::kColumns>, narrow, nullptr,  nullptr};
 
 }  // namespace avx512_bf16
 
@@ -103,6 +113,9 @@ void multiply_tiles(const Inputs& x, const uint16_t* weights, float* c) {
     constexpr int64_t kWeights = kTile * (C ? A : B);
     const int64_t bytes = x.pitch * (C ? 4 : 2);  // from row to row of a tile
     const int64_t step = C ? 16 * bytes : 64, half = C ? 64 : 16 * bytes;
+    const int64_t steps = x.taps * (x.depth / 32);
+    const int64_t share = steps > 0 ? (x.ahead_lines + steps - 1) / steps * 64 : 0;
+    const char *ahead = x.ahead, *ahead_end = ahead + 64 * x.ahead_lines;
     for (int tap = 0; tap < x.taps; ++tap) {
         const char* inputs = static_cast<const char*>(x.base) + x.offsets[tap] * (C ? 4 : 2);
         for (int64_t k = 0; k < x.depth; k += 32, inputs += step, weights += kWeights) {
@@ -115,6 +128,8 @@ void multiply_tiles(const Inputs& x, const uint16_t* weights, float* c) {
                 _tile_loadd(7, static_cast<const char*>(b) + (C ? half : 2 * kTile), b_bytes);
             if constexpr (A == 2)
                 _tile_loadd(5, static_cast<const char*>(a) + (C ? 2 * kTile : half), a_bytes);
+            const char* until = ahead_end - ahead < share ? ahead_end : ahead + share;
+            for (; ahead < until; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
             _tile_dpbf16ps(0, 4, 6);
             if constexpr (B == 2) _tile_dpbf16ps(1, 4, 7);
             if constexpr (A == 2) _tile_dpbf16ps(2, 5, 6);
@@ -153,8 +168,8 @@ bool is_permitted() {
 }
 
 extern const Multiplier multiplier = {
-    Operands::kTiles, 32,    kMostColumns, 32, multiply<false>, multiply<false>,
-    multiply<true>,   begin, end};
+    Operands::kTiles, 32,     kMostColumns, 32, multiply<false>, multiply<false>,
+    multiply<true>,   narrow, begin,        end};
 
 }  // namespace amx
 }  // namespace fastgen

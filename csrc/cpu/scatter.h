@@ -25,19 +25,41 @@ FASTGEN_INLINE bool is_inside(const int32_t* q, const Coordinates& by, const int
 
 namespace {
 
+// A row of a tile and the next one, in turn.
+FASTGEN_INLINE void interleave(const float* even, const float* odd, int count, float* to) {
+    for (int i = 0; i < count; ++i) {
+        to[2 * i] = even[i];
+        to[2 * i + 1] = odd[i];
+    }
+}
+template <typename Short>
+FASTGEN_INLINE void interleave(const Short* even, const Short* odd, int count, Short* to) {
+    uint32_t words[kMostColumns];
+    for (int i = 0; i < count; ++i) words[i] = even[i].bits | uint32_t{odd[i].bits} << 16;
+    __builtin_memcpy(to, words, sizeof words);
+}
+
 class Scatter {
    public:
     Scatter(const ConvTransposeParams& p, const Phases& phases) : p_(p), phases_(phases) {}
 
-    // c: a tile of sums, behind the epilogue, of `used` outputs from the n-th on.
+    // c: a tile of sums, behind the epilogue, of `used` outputs from the n-th on, in `rows` rows.
     void store(const Product& product, int64_t group, const Row* at, int count, int64_t n, int used,
-               const float* c) const {
-        if (p_.out.dtype == kFloat32)
-            store_as<float>(product, group, at, count, n, used, c);
-        else if (p_.out.dtype == kBFloat16)
-            store_as<bfloat16>(product, group, at, count, n, used, c);
-        else
-            store_as<float16>(product, group, at, count, n, used, c);
+               const float* c, int rows) const {
+        if (p_.out.dtype == kFloat32) return store_as(product, group, at, count, n, used, c);
+        alignas(64) uint16_t narrow[kMostRows * kMostColumns];
+        if (p_.out.dtype == kBFloat16) {
+            bfloat16* tile = reinterpret_cast<bfloat16*>(narrow);
+            if (phases_.multiplier->narrow)
+                phases_.multiplier->narrow(c, rows, narrow);
+            else
+                for (int i = 0; i < rows * kMostColumns; ++i) from_float(c[i], tile[i]);
+            store_as(product, group, at, count, n, used, tile);
+        } else {
+            float16* tile = reinterpret_cast<float16*>(narrow);
+            for (int i = 0; i < rows * kMostColumns; ++i) from_float(c[i], tile[i]);
+            store_as(product, group, at, count, n, used, tile);
+        }
     }
 
    private:
@@ -53,7 +75,7 @@ class Scatter {
     // c[position][channel]
     template <typename Element>
     void store_channels(const Product& product, int64_t group, const Row* at, int count, int64_t n,
-                        int used, const float* c) const {
+                        int used, const Element* c) const {
         const ConvTransposeGeometry& g = phases_.geometry;
         const int64_t step = p_.out.stride[0];
         for (int done = 0; done < used;) {
@@ -65,11 +87,11 @@ class Scatter {
             for (int i = 0; i < count; ++i) {
                 if (!at[i].interior && !is_inside(at[i].q, shift, g.stride, g.out_size)) continue;
                 Element* to = out + at[i].out;
-                const float* from = c + i * kMostColumns + done;
+                const Element* from = c + i * kMostColumns + done;
                 if (step == 1)
-                    for (int j = 0; j < run; ++j) from_float(from[j], to[j]);
+                    for (int j = 0; j < run; ++j) to[j] = from[j];
                 else
-                    for (int j = 0; j < run; ++j) from_float(from[j], to[j * step]);
+                    for (int j = 0; j < run; ++j) to[j * step] = from[j];
             }
             done += run;
         }
@@ -78,7 +100,7 @@ class Scatter {
     // c[position][phase]: the phases of a row of the output side by side.
     template <typename Element>
     void store_phases(const Product& product, int64_t group, const Row* at, int count, int64_t n,
-                      int used, const float* c) const {
+                      int used, const Element* c) const {
         const ConvTransposeGeometry& g = phases_.geometry;
         struct Piece {  // of a panel: neighbours in the output
             int first, count;
@@ -96,12 +118,10 @@ class Scatter {
         }
         const bool dense = product.across == g.stride[2] && p_.out.stride[3] == 1;
         const int64_t along = p_.out.stride[3];
-        for (int i = 0; i < count; ++i) {
-            Element line[kMostColumns];
-            for (int j = 0; j < kMostColumns; ++j) from_float(c[i * kMostColumns + j], line[j]);
-            for (const Piece* piece = pieces; piece < pieces + found; ++piece) {
+        for (const Piece* piece = pieces; piece < pieces + found; ++piece)
+            for (int i = 0; i < count; ++i) {
                 Element* to = piece->out + at[i].out;
-                const Element* from = line + piece->first;
+                const Element* from = c + i * kMostColumns + piece->first;
                 if (dense && at[i].interior && piece->count == 8) {
                     __builtin_memcpy(to, from, 8 * sizeof(Element));
                 } else if (dense && at[i].interior) {
@@ -115,13 +135,12 @@ class Scatter {
                     }
                 }
             }
-        }
     }
 
     // c[channel and phase][position]
     template <typename Element>
     void store_rows(const Product& product, int64_t group, const Row* at, int count, int64_t n,
-                    int used, const float* c) const {
+                    int used, const Element* c) const {
         const ConvTransposeGeometry& g = phases_.geometry;
         const int64_t step = p_.out.stride[3], stride = g.stride[2];
         for (int first = 0; first < count;) {  // positions of one row of the output
@@ -140,7 +159,7 @@ class Scatter {
                 int64_t end = pair ? 2 * run : run;
                 const int64_t room = (g.out_size[2] - o + each - 1) / each;
                 if (end > room) end = room;
-                const float* from = c + done * kMostColumns + first;
+                const Element* from = c + done * kMostColumns + first;
                 done += pair ? 2 : 1;
                 bool inside = true;
                 for (int dim = 0; dim < 2; ++dim) {
@@ -151,19 +170,15 @@ class Scatter {
                 Element* to = place<Element>(group, channel, shift) + row.out;
                 if (pair) {
                     Element line[2 * kMostColumns];
-                    const float* second = from + kMostColumns;
-                    for (int i = 0; i < run; ++i) {
-                        from_float(from[i], line[2 * i]);
-                        from_float(second[i], line[2 * i + 1]);
-                    }
+                    interleave(from, from + kMostColumns, run, line);
                     if (begin == 0 && end == 2 * kMostColumns)
                         __builtin_memcpy(to, line, sizeof line);
                     else
                         for (; begin < end; ++begin) to[begin] = line[begin];
                 } else if (stride * step == 1) {
-                    for (; begin < end; ++begin) from_float(from[begin], to[begin]);
+                    for (; begin < end; ++begin) to[begin] = from[begin];
                 } else {
-                    for (; begin < end; ++begin) from_float(from[begin], to[begin * stride * step]);
+                    for (; begin < end; ++begin) to[begin * stride * step] = from[begin];
                 }
             }
             first = next;
@@ -172,13 +187,13 @@ class Scatter {
 
     template <typename Element>
     void store_as(const Product& product, int64_t group, const Row* at, int count, int64_t n,
-                  int used, const float* c) const {
+                  int used, const Element* c) const {
         if (phases_.order == Order::kRows)
-            store_rows<Element>(product, group, at, count, n, used, c);
+            store_rows(product, group, at, count, n, used, c);
         else if (phases_.order == Order::kPhasesInner)
-            store_phases<Element>(product, group, at, count, n, used, c);
+            store_phases(product, group, at, count, n, used, c);
         else
-            store_channels<Element>(product, group, at, count, n, used, c);
+            store_channels(product, group, at, count, n, used, c);
     }
 
     const ConvTransposeParams& p_;

@@ -30,7 +30,7 @@ if(NOT TARGET CUDA::cudart_static OR CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12
 endif()
 
 add_library(cuda_kernels OBJECT csrc/cuda/step.cu csrc/cuda/reparameterize.cu
-                                csrc/cuda/guidance.cu)
+                                csrc/cuda/guidance.cu csrc/cuda/conv_transpose.cu)
 set_target_properties(cuda_kernels PROPERTIES
   CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF CUDA_VISIBILITY_PRESET hidden
   CUDA_RUNTIME_LIBRARY Static)

@@ -9,6 +9,10 @@ namespace fastgen::cuda {
 
 constexpr int64_t kMaxGridRows = 65535;
 
+#if defined(__CUDACC__)
+extern __shared__ float4 dynamic_shared[];  // as many bytes as the launch says
+#endif
+
 // The tensors of a call that are there.
 struct Operands {
     const Tensor* tensors[24];
@@ -39,15 +43,18 @@ inline Layout choose_layout(const Shape& shape, const Operands& operands) {
     return float32 ? Layout::kFloat32 : Layout::kMixed;
 }
 
+inline Divider divider_of(uint64_t size) {
+    Divider by{};
+    while ((uint64_t{1} << by.shift) < size) ++by.shift;
+    const unsigned __int128 excess = (uint64_t{1} << by.shift) - size;
+    by.multiplier = uint64_t((excess << 64) / size + 1);
+    return by;
+}
+
 inline Walk walk_of(const Shape& shape) {
     Walk walk{};
-    for (int dim = 0; dim < shape.ndim; ++dim) {
-        Divider& by = walk.divider[dim];
-        const uint64_t size = uint64_t(shape.size[dim]);
-        while ((uint64_t{1} << by.shift) < size) ++by.shift;
-        const unsigned __int128 excess = (uint64_t{1} << by.shift) - size;
-        by.multiplier = uint64_t((excess << 64) / size + 1);
-    }
+    for (int dim = 0; dim < shape.ndim; ++dim)
+        walk.divider[dim] = divider_of(uint64_t(shape.size[dim]));
     return walk;
 }
 
@@ -78,15 +85,22 @@ inline dim3 rows_of(const Shape& shape) {
 
 // The launch's own error, and nothing left behind for whoever asks the runtime next.
 template <typename... Parameters>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
-           const Parameters&... parameters) {
+int launch_sharing(size_t bytes, void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
+                   const Parameters&... parameters) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
+    config.dynamicSmemBytes = bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
     if (error != cudaSuccess) cudaGetLastError();
     return error;
+}
+
+template <typename... Parameters>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
+           const Parameters&... parameters) {
+    return launch_sharing(0, kernel, grid, block, stream, parameters...);
 }
 
 template <Layout kLayout>

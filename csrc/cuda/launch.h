@@ -10,6 +10,7 @@ int step(const StepParams&, void* stream);
 int reparameterize(const ReparameterizeParams&, void* stream);
 int reparameterize_backward(const ReparameterizeParams&, void* stream);
 int rescale(const RescaleParams&, void* stream);
+int conv_transpose(const DirectConvTransposeParams&, void* stream);
 // Whether the current device and driver can run these kernels at all.
 int probe();
 int current_device();  // or -1

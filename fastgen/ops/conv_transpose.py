@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..reference import conv_transpose as reference
-from . import conv_transpose_cpu, kernel
+from . import conv_transpose_cpu, conv_transpose_gpu, kernel
 from .dispatch import LIBRARY, is_eager, is_plain
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -50,7 +50,10 @@ def conv_transpose2d(
     activation: None, "relu", "leaky_relu" (with ``negative_slope``), "tanh", "sigmoid", "silu" or
         "gelu" (the exact form).
     out: where to write; (B, C_out, H', W') of the input's dtype, overlapping no input partly.
-    backend: "cpu", "triton" or "reference"; by default the best that serves (``fastgen.info``).
+    backend: "cpu", "cuda", "triton" or "reference"; by default the best that serves
+        (``fastgen.info``). On a GPU the ways to run a layer are timed where it first meets a size
+        (``ops.conv_transpose_gpu``), but under ``torch.use_deterministic_algorithms`` or in the
+        capture of a CUDA graph.
     memory_format: of the result, torch.contiguous_format or torch.channels_last (for one dimension,
         (B, L, C) in memory); not beside ``out``.
 
@@ -123,7 +126,7 @@ def _conv_transpose(
     if name == "reference":
         y = reference.conv_transpose(*arguments)
         if last is not None:
-            y = y.movedim(1, -1).contiguous().movedim(-1, 1) if last else y.contiguous()
+            y = conv_transpose_cpu.laid_out(y, not last)
     elif is_plain(*operands):
         y = launch(name, *arguments, target, last)
     else:
@@ -149,13 +152,12 @@ def launch(
                  shift, activation, negative_slope)  # fmt: skip
     if backend == "cpu":
         return conv_transpose_cpu.conv_transpose(*arguments, out, last)
-    if out is None:
-        shape = _output_shape(input.shape, weight.shape, stride, padding, output_padding, groups,
-                              dilation)  # fmt: skip
-        out = conv_transpose_cpu.empty(input, shape, last)
-    kernel.call(backend, "conv_transpose", "conv_transpose", input.device, *arguments, out)
-    torch.autograd.graph.increment_version(out)
-    return out
+    shape = _output_shape(input.shape, weight.shape, stride, padding, output_padding, groups,
+                          dilation)  # fmt: skip
+    y = conv_transpose_gpu.conv_transpose(*arguments, out, shape, last, backend)
+    if out is not None:
+        torch.autograd.graph.increment_version(out)
+    return y
 
 
 def is_last(memory_format: Any, out: Any) -> bool | None:
@@ -236,6 +238,8 @@ def _check(dims: int, operands: tuple, options: tuple, backend: str | None) -> C
     for name, values in (("bias", bias), ("scale", scale), ("shift", shift)):
         _check_channels(name, values, shape[1], input.device)
     name = backends.choose("conv_transpose", backend, input.device, input.dtype)
+    if backend is None and name in ("triton", "cuda"):
+        name = "gpu"  # either, or PyTorch's operator: by what was measured
     return geometry, shape, name
 
 

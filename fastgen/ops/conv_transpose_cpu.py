@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,11 @@ def empty(input: Tensor, shape: Sequence[int], last: bool | None = None) -> Tens
         made = torch.empty((batch, *sizes, channels), dtype=input.dtype, device=input.device)
         made = made.movedim(-1, 1)
     return backends.on_huge_pages(made)
+
+
+def laid_out(y: Tensor, planar: bool) -> Tensor:
+    """The same, dense with its channels apart or last."""
+    return y.contiguous() if planar else y.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def product_dtype(input: Tensor) -> torch.dtype:
@@ -81,14 +87,22 @@ def geometry_of(
         d * (k - 1) + 1 if n == 1 else s
         for n, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
     )
+    numbers = numbers_of(sizes, out, weight, stride, padding, groups, dilation, planar)
+    return Geometry(out, backends.native().ConvTransposeLayout(numbers, checks.DTYPES.index(dtype)))
+
+
+def numbers_of(
+    sizes: Sequence[int], out: Sequence[int], weight: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], groups: int, dilation: Sequence[int], planar: bool,
+) -> tuple[int, ...]:  # fmt: skip
+    """As read_geometry of csrc/module.cpp takes them."""
     absent = 3 - len(sizes)
     numbers: tuple[int, ...] = ()
     for values, neutral in (
-        (sizes, 1), (out, 1), (kernel, 1), (stride, 1), (padding, 0), (dilation, 1),
+        (sizes, 1), (out, 1), (weight[2:], 1), (stride, 1), (padding, 0), (dilation, 1),
     ):  # fmt: skip
-        numbers += (neutral,) * absent + values
-    numbers += (groups, weight[0] // groups, weight[1], int(planar))
-    return Geometry(out, backends.native().ConvTransposeLayout(numbers, checks.DTYPES.index(dtype)))
+        numbers += (neutral,) * absent + tuple(values)
+    return (*numbers, groups, weight[0] // groups, weight[1], int(planar))
 
 
 def state_of(tensor: Tensor) -> tuple[int, int]:
@@ -106,29 +120,35 @@ def state_of(tensor: Tensor) -> tuple[int, int]:
 class Packed(NamedTuple):
     """Weights as the kernel reads them, and what they were packed from."""
 
-    weight: weakref.ref[Tensor]
+    mark: weakref.ref[OrderedDict]
     state: tuple[int, int]
     digest: int  # equal where weights are packed alike
     data: Tensor
 
 
 _packed: dict[int, Packed] = {}  # by the weight's id, for as long as it lives
+# An attribute that lives and dies with its weight: torch swaps no tensor that has a weak reference
+# itself. An empty OrderedDict, which every checkpoint may hold.
+_MARK = "_fastgen_mark"
 
 
 def packed(weight: Tensor, layout: Any) -> Tensor:
     """The weights as the kernel reads them: those of the last call, unless the weight has changed
     since, or another geometry wants them in another order."""
-    key = id(weight)
+    key, mark = id(weight), weight.__dict__.get(_MARK)
     state, known = state_of(weight), _packed.get(key)
     if (
         known is not None
-        and known.weight() is weight
+        and mark is not None
+        and known.mark() is mark
         and (known.state, known.digest) == (state, layout.digest)
     ):
         return known.data
     data = backends.on_huge_pages(torch.empty(layout.bytes, dtype=torch.uint8))
     backends.native().conv_transpose_pack(weight, data, layout, torch.get_num_threads())
-    held = weakref.ref(weight, functools.partial(_forget, key))
+    if mark is None:
+        mark = weight.__dict__[_MARK] = OrderedDict()
+    held = weakref.ref(mark, functools.partial(_forget, key))
     _packed[key] = Packed(held, state, layout.digest, data)
     return data
 
@@ -138,9 +158,9 @@ def forget(weight: Tensor) -> None:
     _packed.pop(id(weight), None)
 
 
-def _forget(key: int, of: weakref.ref[Tensor]) -> None:
+def _forget(key: int, of: weakref.ref[OrderedDict]) -> None:
     known = _packed.get(key)
-    if known is not None and known.weight is of:
+    if known is not None and known.mark is of:
         del _packed[key]
 
 
@@ -184,22 +204,16 @@ def conv_transpose(
             result = empty(input, (input.shape[0], channels, *geometry.sizes), not planar)
         if is_empty:
             return result
-    epilogue = (CODES[activation], negative_slope, torch.get_num_threads())
     if by_product and result is not None:
+        epilogue = (CODES[activation], negative_slope, torch.get_num_threads())
         vectors = (_floats(bias), _floats(scale), _floats(shift))
         data = packed(weight, geometry.layout)
         backends.native().conv_transpose(input, data, result, geometry.layout, *vectors, *epilogue)
     else:
-        dtype = product_dtype(input)
-        inside = bias is not None and bias.dtype is dtype
-        if dtype is not input.dtype:
-            x, weight = input.to(dtype), weight.to(dtype)
-        else:
-            x = input
-        y = torch.convolution(x, weight, bias if inside else None, stride, padding, dilation, True,
-                              output_padding, groups)  # fmt: skip
-        vectors = (None if inside else _floats(bias), _floats(scale), _floats(shift))
-        result = _finish(y, input, planar, activation, (*vectors, *epilogue), result)
+        result = by_operator(
+            _channel_epilogue, planar, result, input, weight, bias, stride, padding,
+            output_padding, groups, dilation, scale, shift, activation, negative_slope,
+        )  # fmt: skip
     if out is not None:
         torch.autograd.graph.increment_version(out)
     return result
@@ -224,25 +238,45 @@ def is_packed(
     return even and weight.shape[0] >= 16
 
 
-def _finish(
-    y: Tensor, input: Tensor, planar: bool, activation: str | None, epilogue: tuple,
-    out: Tensor | None,
+def by_operator(
+    epilogue: Callable[..., None], planar: bool, out: Tensor | None, input: Tensor,
+    weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    output_padding: Sequence[int], groups: int, dilation: Sequence[int], scale: Tensor | None,
+    shift: Tensor | None, activation: str | None, negative_slope: float,
 ) -> Tensor:  # fmt: skip
-    """The epilogue over ``y``, in place where its memory can be the result's."""
-    y = y.contiguous() if planar else y.movedim(1, -1).contiguous().movedim(-1, 1)
+    """PyTorch's operator, and the rest in one pass: in place where its memory can be the result's.
+
+    epilogue(y, target, planar, bias, scale, shift, activation, negative_slope): the pass, with
+    vectors in float32."""
+    dtype = product_dtype(input)
+    inside = bias is not None and bias.dtype is dtype
+    x = input if dtype is input.dtype else input.to(dtype)
+    weight = weight if dtype is weight.dtype else weight.to(dtype)
+    y = torch.convolution(x, weight, bias if inside else None, stride, padding, dilation, True,
+                          output_padding, groups)  # fmt: skip
+    y = laid_out(y, planar)
     target = out
     if target is None or target.dtype is not y.dtype or target.stride() != y.stride():
         target = y if y.dtype is input.dtype else torch.empty_like(y, dtype=input.dtype)
-    bare = activation is None and epilogue[0] is epilogue[1] is epilogue[2] is None
-    if bare and target is y:
-        pass
-    elif planar:
-        inner = math.prod(y.shape[2:])
-        backends.native().channel_epilogue(y, target, y.shape[0], y.shape[1], inner, *epilogue)
-    else:
-        outer = y.numel() // y.shape[1]
-        backends.native().channel_epilogue(y, target, outer, y.shape[1], 1, *epilogue)
+    vectors = (None if inside else _floats(bias), _floats(scale), _floats(shift))
+    bare = activation is None and all(v is None for v in vectors)
+    if not bare or target is not y:
+        epilogue(y, target, planar, *vectors, activation, negative_slope)
     if out is not None and target is not out:
         out.copy_(target)
         return out
     return target
+
+
+def _channel_epilogue(
+    y, target, planar, bias, scale, shift, activation, negative_slope
+) -> None:  # fmt: skip
+    channels = y.shape[1]
+    if planar:
+        sizes = y.shape[0], channels, math.prod(y.shape[2:])
+    else:
+        sizes = y.numel() // channels, channels, 1
+    backends.native().channel_epilogue(
+        y, target, *sizes, bias, scale, shift, CODES[activation], negative_slope,
+        torch.get_num_threads(),
+    )  # fmt: skip

@@ -38,7 +38,7 @@ struct dim3 {
 
 using cudaStream_t = void*;
 using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 struct cudaFuncAttributes {};
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -108,6 +108,9 @@ inline void wait(Barrier& barrier, unsigned expected) {
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+constexpr size_t kDynamicShared = 48 << 10;  // bytes, NaN when a block begins
+inline float4 dynamic_shared[kDynamicShared / sizeof(float4)];
+
 inline void __syncthreads() { emulator::wait(emulator::block.all, blockDim.x); }
 inline void __syncwarp() {
     emulator::wait(emulator::block.warps[threadIdx.x / emulator::kWarp], emulator::kWarp);
@@ -124,6 +127,8 @@ inline float __shfl_down_sync(unsigned, float value, int by) {
     return other;
 }
 
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t((uint64_t{a} * b) >> 32); }
+
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
     return uint64_t((static_cast<unsigned __int128>(a) * b) >> 64);
 }
@@ -137,6 +142,7 @@ inline void enter() {
 }
 
 inline void run_block(unsigned threads, void (*body)(void*), void* context) {
+    memset(dynamic_shared, 0xFF, sizeof dynamic_shared);
     block.body = body;
     block.context = context;
     block.fibers.resize(threads);
@@ -169,6 +175,7 @@ inline void run_block(unsigned threads, void (*body)(void*), void* context) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+    if (config->dynamicSmemBytes > kDynamicShared) return cudaErrorInvalidValue;
     const auto call = [&] { kernel(arguments...); };
     gridDim = config->gridDim;
     blockDim = config->blockDim;
