@@ -1,6 +1,10 @@
 // How a tile of outputs comes to its places, of any dtype and strides.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "../math/convert.h"
 #include "phases.h"
 #include "tile.h"
@@ -37,6 +41,34 @@ FASTGEN_INLINE void interleave(const Short* even, const Short* odd, int count, S
     uint32_t words[kMostColumns];
     for (int i = 0; i < count; ++i) words[i] = even[i].bits | uint32_t{odd[i].bits} << 16;
     __builtin_memcpy(to, words, sizeof words);
+}
+
+// Rows of eight, `kMostColumns` apart, one behind the other: few stores, which would hold up the
+// loads of the tile to come.
+template <typename Element>
+FASTGEN_INLINE void join_eights(const Element* from, int count, Element* to) {
+    int i = 0;
+#if defined(__AVX512F__)
+    const auto at = [=](int row) { return from + (i + row) * kMostColumns; };
+    if constexpr (sizeof(Element) == 2) {
+        const auto load = [&](int row) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(row)));
+        };
+        for (; i + 4 <= count; i += 4) {
+            __m512i line = _mm512_castsi128_si512(load(0));
+            line = _mm512_inserti32x4(line, load(1), 1);
+            line = _mm512_inserti32x4(line, load(2), 2);
+            _mm512_storeu_si512(to + 8 * i, _mm512_inserti32x4(line, load(3), 3));
+        }
+    } else {
+        const auto load = [&](int row) { return _mm256_loadu_ps(at(row)); };
+        for (; i + 2 <= count; i += 2)
+            _mm512_storeu_ps(to + 8 * i,
+                             _mm512_insertf32x8(_mm512_castps256_ps512(load(0)), load(1), 1));
+    }
+#endif
+    for (; i < count; ++i)
+        __builtin_memcpy(to + 8 * i, from + i * kMostColumns, 8 * sizeof(Element));
 }
 
 class Scatter {
@@ -119,21 +151,30 @@ class Scatter {
         const bool dense = product.across == g.stride[2] && p_.out.stride[3] == 1;
         const int64_t along = p_.out.stride[3];
         for (const Piece* piece = pieces; piece < pieces + found; ++piece)
-            for (int i = 0; i < count; ++i) {
+            for (int i = 0; i < count;) {
                 Element* to = piece->out + at[i].out;
                 const Element* from = c + i * kMostColumns + piece->first;
                 if (dense && at[i].interior && piece->count == 8) {
-                    __builtin_memcpy(to, from, 8 * sizeof(Element));
-                } else if (dense && at[i].interior) {
-                    for (int j = 0; j < piece->count; ++j) to[j] = from[j];
-                } else {
-                    const int64_t shift = product.shifts[piece->phase][2];
-                    for (int j = 0; j < piece->count; ++j) {
-                        const Coordinates& own = product.shifts[piece->phase + j];
-                        if (is_inside(at[i].q, own, g.stride, g.out_size))
-                            to[(own[2] - shift) * along] = from[j];
-                    }
+                    int next = i + 1;
+                    while (next < count && at[next].interior &&
+                           at[next].out == at[next - 1].out + 8)
+                        ++next;
+                    join_eights(from, next - i, to);
+                    i = next;
+                    continue;
                 }
+                if (dense && at[i].interior) {
+                    for (int j = 0; j < piece->count; ++j) to[j] = from[j];
+                    ++i;
+                    continue;
+                }
+                const int64_t shift = product.shifts[piece->phase][2];
+                for (int j = 0; j < piece->count; ++j) {
+                    const Coordinates& own = product.shifts[piece->phase + j];
+                    if (is_inside(at[i].q, own, g.stride, g.out_size))
+                        to[(own[2] - shift) * along] = from[j];
+                }
+                ++i;
             }
     }
 
