@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "scatter.h"
 #include "tile.h"
+#include "winograd.h"
 
 namespace fastgen::FASTGEN_ISA {
 namespace {
@@ -30,7 +31,14 @@ class Worker {
           channels_{phases_.geometry.in_channels, phases_.depth, p.in.stride[0],
                     m_.operands == Operands::kFloats} {}
 
-    void run(int64_t task) { cutting_.banded ? run_band(task) : run_block(task); }
+    void run(int64_t task) {
+        if (cutting_.patches)
+            run_patches(task);
+        else if (cutting_.banded)
+            run_band(task);
+        else
+            run_block(task);
+    }
 
    private:
     // The taps of a sum that are at hand.
@@ -44,14 +52,23 @@ class Worker {
                group * phases_.geometry.in_channels * p_.in.stride[0] * size;
     }
 
-    void run_block(int64_t task) {
+    struct Task {
+        const Cut& cut;
+        const Product& product;
+        int64_t group, block, part;
+    };
+
+    Task task_of(int64_t task) const {
         size_t index = phases_.products.size() - 1;
         while (cutting_.cuts[index].first > task) --index;
         const Cut& cut = cutting_.cuts[index];
-        const Product& product = phases_.products[index];
         task -= cut.first;
-        const int64_t part = task % cut.parts, block = task / cut.parts % cut.blocks;
-        const int64_t group = task / cut.parts / cut.blocks;
+        return {cut, phases_.products[index], task / cut.parts / cut.blocks,
+                task / cut.parts % cut.blocks, task % cut.parts};
+    }
+
+    void run_block(int64_t task) {
+        const auto& [cut, product, group, block, part] = task_of(task);
         const int64_t first = block * cut.block * cut.tile;
         const int64_t left = cut.positions - first, all = cut.block * cut.tile;
         const int64_t positions = left < all ? left : all;
@@ -92,7 +109,7 @@ class Worker {
             const int64_t left = product.count[2] - at[3], some = left < count ? left : count;
             const int64_t q[3] = {product.low[0] + at[1], product.low[1] + at[2],
                                   product.low[2] + at[3]};
-            find_line(product, at[0], q, some, rows);
+            find_line(product, at[0], q, some, 1, rows);
             rows += some;
             count -= some;
             at[3] = 0;
@@ -101,16 +118,17 @@ class Worker {
         }
     }
 
-    // Positions side by side, from q on.
+    // Positions of a row, every `each`-th from q on.
     void find_line(const Product& product, int64_t sample, const int64_t* q, int64_t count,
-                   Row* rows) const {
+                   int64_t each, Row* rows) const {
         const ConvTransposeGeometry& g = phases_.geometry;
         int64_t in = sample * p_.in.batch_stride, out = sample * p_.out.batch_stride;
         for (int dim = 0; dim < 3; ++dim) {
             in += q[dim] * p_.in.stride[dim + 1];
             out += q[dim] * g.stride[dim] * p_.out.stride[dim + 1];
         }
-        const int64_t in_step = p_.in.stride[3], out_step = g.stride[2] * p_.out.stride[3];
+        const int64_t in_step = each * p_.in.stride[3];
+        const int64_t out_step = each * g.stride[2] * p_.out.stride[3];
         // whether the first and the last phase have their outputs
         const Coordinates &low = product.shifts.front(), &high = product.shifts.back();
         bool inside = true;
@@ -119,8 +137,8 @@ class Worker {
             inside &= o + low[dim] >= 0 && o + high[dim] < g.out_size[dim];
         }
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t o = (q[2] + i) * g.stride[2];
-            rows[i] = {{int32_t(q[0]), int32_t(q[1]), int32_t(q[2] + i)},
+            const int64_t place = q[2] + i * each, o = place * g.stride[2];
+            rows[i] = {{int32_t(q[0]), int32_t(q[1]), int32_t(place)},
                        inside && o + low[2] >= 0 && o + high[2] < g.out_size[2],
                        in + i * in_step,
                        out + i * out_step};
@@ -199,7 +217,7 @@ class Worker {
         fill(nullptr, 0, b.left, laid, pitch);
         for (int64_t d = 0; d < planes; ++d)
             for (int64_t r = 0; r < rows; ++r)
-                fill_row(sample, group, {origin[0] + d, origin[1] + r, origin[2]},
+                fill_row(sample, group, {origin[0] + d, origin[1] + r, origin[2]}, b.row_cells,
                          laid + (b.left + (d * rows + r) * b.row_cells) * step, step, pitch);
         for (const Product& product : phases_.products) {
             Extent own[3];
@@ -217,7 +235,7 @@ class Worker {
             for (int64_t i = 0; i < positions; i += b.row_cells) {
                 const int64_t q[3] = {plane, own[1].low + i / b.row_cells, own[2].low};
                 const int64_t left = positions - i;
-                find_line(product, sample, q, left < b.row_cells ? left : b.row_cells, at + i);
+                find_line(product, sample, q, left < b.row_cells ? left : b.row_cells, 1, at + i);
             }
             const int64_t taps = product.offsets.size();
             int64_t* offsets = offset_room_.of_type<int64_t>(taps);
@@ -235,11 +253,102 @@ class Worker {
         }
     }
 
+    void run_patches(int64_t task) {
+        const auto& [cut, product, group, block, part] = task_of(task);
+        const int64_t first = block * cut.block, left = cut.positions - first;
+        const int64_t pieces = left < cut.block ? left : cut.block;
+        const int64_t tall = (product.count[1] + 1) / 2, wide = (product.count[2] + 1) / 2;
+        const int64_t most = pieces * cut.width, pitch = cutting_.pitch;
+        const int64_t deep = product.offsets.size() / 4, apart = deep * most * pitch;
+        float* laid = room_.of_type<float>(9 * apart + kSlack);
+        const int64_t cells = 2 * cut.width + 1;
+        float* raw = raw_room_.of_type<float>(3 * cells * pitch + kSlack);
+        Row* at = row_room_.of_type<Row>(4 * most);  // of each output of a patch
+        int64_t patches = 0;
+        for (int64_t piece = first; piece < first + pieces; ++piece) {
+            int64_t rest = piece / cut.across;
+            const int64_t w = piece % cut.across * cut.width, h = rest % tall;
+            rest /= tall;
+            const int64_t d = rest % product.count[0], sample = rest / product.count[0];
+            const int64_t width = wide - w < cut.width ? wide - w : cut.width;
+            const Coordinates q{product.low[0] + d, product.low[1] + 2 * h, product.low[2] + 2 * w};
+            for (int64_t tap = 0; tap < deep; ++tap) {
+                const Coordinates& low = product.offsets[4 * tap + 3];
+                for (int64_t row = 0; row < 3; ++row)
+                    fill_row(sample, group, {q[0] + low[0], q[1] + low[1] + row, q[2] + low[2]},
+                             2 * width + 1, reinterpret_cast<char*>(raw + row * cells * pitch),
+                             pitch * 4, pitch);
+                for (int64_t i = 0; i < width; ++i)
+                    patch_of(raw + 2 * i * pitch, pitch, cells * pitch, phases_.depth,
+                             laid + (tap * most + patches + i) * pitch, apart);
+            }
+            for (int output = 0; output < 4; ++output) {
+                const int64_t from[3] = {q[0], q[1] + output / 2, q[2] + output % 2};
+                find_line(product, sample, from, width, 2, at + output * most + patches);
+            }
+            patches += width;
+        }
+        int64_t* offsets = offset_room_.of_type<int64_t>(deep);
+        for (int64_t tap = 0; tap < deep; ++tap) offsets[tap] = tap * most * pitch;
+        const Inputs inputs{laid, offsets, pitch, int(deep), phases_.depth, false, nullptr, 0};
+        multiply_patches(product, group, inputs, apart, patches, most, at, part, cut.parts);
+    }
+
+    // As `multiply`; `apart`: floats from one matrix of inputs to the next.
+    void multiply_patches(const Product& product, int64_t group, Inputs inputs, int64_t apart,
+                          int64_t patches, int64_t most, const Row* at, int64_t part,
+                          int64_t parts) {
+        const int64_t count = outputs_of(phases_, product), span = span_of(phases_, product);
+        const int64_t padded = padded_outputs(phases_, product);
+        const int64_t all = panels_of(phases_, product), begin = all * part / parts * span;
+        int64_t end = all * (part + 1) / parts * span;
+        if (end > padded) end = padded;
+        if (begin >= end) return;
+        float* vectors = vector_room_.of_type<float>(3 * (end - begin));
+        lay_out_vectors(product, group, begin, end, count, vectors);
+        const float* weights =
+            static_cast<const float*>(p_.weight) + group * phases_.weights + product.weights;
+        const float* laid = static_cast<const float*>(inputs.base);
+        const int64_t depth = inputs.taps * phases_.depth;
+        const int tile = cutting_.tile_of(patches);
+        const int64_t tiles = (patches + tile - 1) / tile, turns = 9 * tiles;
+        const int64_t room = int64_t{m_.rows} * kMostColumns;  // of a tile's sums
+        float* sums = sum_room_.of_type<float>(turns * room);
+        for (int64_t n = begin; n < end; n += span) {
+            const int some = int(end - n < span ? end - n : span);
+            const int used = int(count - n < some ? count - n : some);
+            const float* panel = weights + n * 9 * depth;
+            const char* next = reinterpret_cast<const char*>(panel + 9 * depth * some);
+            const int64_t lines = n + span < end ? 9 * depth * some * 4 / 64 : 0;
+            // a matrix of weights for all tiles: it stays in the first cache
+            for (int64_t turn = 0; turn < turns; ++turn) {
+                const int64_t matrix = turn / tiles, index = turn % tiles, done = index * tile;
+                const int here = int(patches - done < tile ? patches - done : tile);
+                inputs.base = laid + matrix * apart + done * inputs.pitch;
+                inputs.ahead = next + lines * turn / turns * 64;
+                inputs.ahead_lines = lines * (turn + 1) / turns - lines * turn / turns;
+                m_.by_rows(inputs, panel + matrix * depth * some,
+                           sums + (index * 9 + matrix) * room, here, some);
+            }
+            for (int64_t index = 0; index < tiles; ++index) {
+                const int64_t done = index * tile;
+                const int here = int(patches - done < tile ? patches - done : tile);
+                float* c = sums + index * 9 * room;
+                outputs_of_products(c, room, int64_t{here} * kMostColumns);
+                for (int output = 0; output < 4; ++output) {
+                    float* own = c + (output / 2 * 3 + output % 2) * room;
+                    finish(vectors + (n - begin), end - begin, own, here, some);
+                    scatter_.store(product, group, at + output * most + done, here, n, used, own,
+                                   here);
+                }
+            }
+        }
+    }
+
     // A row of cells, from the input's coordinates on: what lies outside of it is zero.
-    void fill_row(int64_t sample, int64_t group, const Coordinates& from, char* to, int64_t step,
-                  int64_t pitch) {
+    void fill_row(int64_t sample, int64_t group, const Coordinates& from, int64_t cells, char* to,
+                  int64_t step, int64_t pitch) {
         const int64_t* size = phases_.geometry.in_size;
-        const int64_t cells = cutting_.bands.row_cells;
         int64_t begin = from[2] < 0 ? -from[2] : 0, end = size[2] - from[2];
         if (end > cells) end = cells;
         const bool there = from[0] >= 0 && from[0] < size[0] && from[1] >= 0 && from[1] < size[1];
@@ -374,10 +483,10 @@ class Worker {
     const bool rows_;
     const Channels channels_;
     Buffer &room_ = rooms()[0], &row_room_ = rooms()[1], &vector_room_ = rooms()[2],
-           &sum_room_ = rooms()[3], &offset_room_ = rooms()[4];
+           &sum_room_ = rooms()[3], &offset_room_ = rooms()[4], &raw_room_ = rooms()[5];
 
     static Buffer* rooms() {
-        static thread_local Buffer held[5];
+        static thread_local Buffer held[6];
         return held;
     }
 };

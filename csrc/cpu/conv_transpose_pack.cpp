@@ -13,6 +13,19 @@ FASTGEN_INLINE uint16_t bfloat_bits(float value) {
     return rounded.bits;
 }
 
+// The weights of a patch's matrix (winograd.h) from those of the taps, which are as the offsets
+// are: the higher of two first. Matrices are (row, column, tap of the depth).
+template <typename Tap>
+FASTGEN_INLINE float of_patch(int64_t matrix, int64_t taps_deep, const Tap& of_tap) {
+    const int64_t deep = matrix % taps_deep, i = matrix / taps_deep / 3, j = matrix / taps_deep % 3;
+    double sum = 0.0;  // rounded once
+    for (int64_t row = 0; row < 2; ++row)
+        for (int64_t column = 0; column < 2; ++column)
+            if (i != 2 * row && j != 2 * column)
+                sum += double(of_tap((deep * 2 + row) * 2 + column));
+    return float(sum);
+}
+
 // One panel: `span` columns of a product's weights, or rows, from the n-th on.
 template <typename Element>
 void pack_panel(const PackParams& p, const Multiplier& m, const Phases& phases,
@@ -33,15 +46,20 @@ void pack_panel(const PackParams& p, const Multiplier& m, const Phases& phases,
                     k / g.kernel[2] % g.kernel[1] * stride[3] + k % g.kernel[2] * stride[4];
         }
     const bool rows = phases.order == Order::kRows;
+    const int64_t matrices = matrices_of(phases, product);
     const Element* weight = static_cast<const Element*>(p.weight.data);
     for (int64_t c = 0; c < phases.depth; ++c) {
         const bool there = c < g.in_channels;
         const Element* from = weight + (group * g.in_channels + c) * stride[0];
-        for (int64_t tap = 0; tap < taps; ++tap) {
-            const int64_t k = tap * phases.depth + c;
-            const int64_t* place = places + tap * span;
+        for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+            const int64_t k = matrix * phases.depth + c;
             for (int j = 0; j < span; ++j) {
-                const float value = there && place[j] >= 0 ? to_float(from[place[j]]) : 0.0f;
+                const auto of_tap = [&](int64_t tap) {
+                    const int64_t place = places[tap * span + j];
+                    return there && place >= 0 ? to_float(from[place]) : 0.0f;
+                };
+                const float value =
+                    phases.patches ? of_patch(matrix, taps / 4, of_tap) : of_tap(matrix);
                 if (m.operands == Operands::kFloats) {
                     reinterpret_cast<float*>(to)[k * span + j] = value;
                     continue;
@@ -67,7 +85,7 @@ void conv_transpose_pack(const PackParams& p, int threads) {
     for (int64_t group = 0; group < phases.geometry.groups; ++group)
         for (const Product& product : phases.products) {
             const int64_t count = padded_outputs(phases, product);
-            const int64_t depth = product.offsets.size() * phases.depth;
+            const int64_t depth = matrices_of(phases, product) * phases.depth;
             const int64_t most = span_of(phases, product);
             char* to =
                 static_cast<char*>(p.packed) + (group * phases.weights + product.weights) * size;

@@ -4,6 +4,7 @@ namespace fastgen {
 namespace {
 
 constexpr int64_t kBlockBytes = 768 << 10;  // of inputs laid out, which stay in the second cache
+constexpr int64_t kPatchBytes = 1 << 20;    // of patches laid out
 constexpr int64_t kBandBytes = 192 << 10;   // of a band, whose channels lie on pages of their own
 constexpr int64_t kLeastWidth = 4 * kMostColumns;  // of a part of a row
 constexpr int64_t kManyTiles = 8;  // of a block, for which its weights are read once
@@ -22,6 +23,11 @@ class Cutter {
         made_.most = rows ? m_.columns : m_.rows;
         made_.fixed = rows || tiles;
         set_place(rows ? Place::kChannels : Place::kPositions);
+        made_.patches = phases.patches;
+        if (made_.patches) {
+            cut_patches(threads);
+            return;
+        }
         cut_bands(threads);
         made_.banded = is_banded();
         if (made_.banded) return;
@@ -119,6 +125,41 @@ class Cutter {
         return banded <= exact;
     }
 
+    void cut_patches(int threads) {
+        int64_t blocks = 0;
+        for (const Product& product : phases_.products) {
+            Cut cut{};
+            cut.taps = matrices_of(phases_, product);
+            const int64_t lines = batch_ * product.count[0] * pieces(product.count[1], 2);
+            const int64_t width = pieces(product.count[2], 2);
+            int64_t fits = kPatchBytes / (cut.taps * made_.words * made_.word);
+            if (fits < made_.most) fits = made_.most;
+            cut.across = pieces(width, fits);
+            cut.width = pieces(width, cut.across);
+            cut.positions = lines * cut.across;
+            cut.block = fits / cut.width < 1 ? 1 : fits / cut.width;
+            cut.blocks = pieces(cut.positions, cut.block);
+            cut.block = pieces(cut.positions, cut.blocks);
+            cut.blocks = pieces(cut.positions, cut.block);
+            blocks += phases_.geometry.groups * cut.blocks;
+            made_.cuts.push_back(cut);
+        }
+        share(threads, blocks);
+    }
+
+    // Blocks in parts of the weights, where they are fewer than the tasks wanted.
+    void share(int threads, int64_t blocks) {
+        made_.tasks = 0;
+        for (int64_t i = 0; i < int64_t(made_.cuts.size()); ++i) {
+            Cut& cut = made_.cuts[i];
+            cut.parts = threads > 1 ? pieces(kShares * threads, blocks) : 1;
+            const int64_t most = panels_of(phases_, phases_.products[i]);
+            if (cut.parts > most) cut.parts = most;
+            cut.first = made_.tasks;
+            made_.tasks += phases_.geometry.groups * cut.blocks * cut.parts;
+        }
+    }
+
     void cut_exactly(int threads) {
         const int64_t groups = phases_.geometry.groups;
         int64_t blocks = 0;
@@ -145,15 +186,7 @@ class Cutter {
             blocks += groups * cut.blocks;
             made_.cuts.push_back(cut);
         }
-        made_.tasks = 0;
-        for (int64_t i = 0; i < int64_t(made_.cuts.size()); ++i) {
-            Cut& cut = made_.cuts[i];
-            cut.parts = threads > 1 ? pieces(kShares * threads, blocks) : 1;
-            const int64_t most = panels_of(phases_, phases_.products[i]);
-            if (cut.parts > most) cut.parts = most;
-            cut.first = made_.tasks;
-            made_.tasks += groups * cut.blocks * cut.parts;
-        }
+        share(threads, blocks);
     }
 
     const Phases& phases_;

@@ -1,4 +1,5 @@
 // How a call of the transposed convolution is cut into tasks.
+// Patches: a task is some of the patches of one product (winograd.h), laid out once a patch.
 // Exact: a task is a block of positions of one product, laid out once a tap, with no gap. For small
 // inputs, where rows of a few positions would be mostly edges.
 // Bands: a task is a part of the input with its edges, laid out once for all products and taps; a
@@ -15,11 +16,13 @@ namespace fastgen {
 // [position][channel], of floats or bfloat16.
 enum class Place { kChannels, kPositions };
 
-// Exact, of one product.
+// Exact, or patches, of one product.
 struct Cut {
-    int64_t positions;  // all of them
-    int tile;           // positions of a tile, but for the last
-    int64_t block;      // tiles of a block
+    int64_t positions;  // all of them; of patches: the pieces of rows that they are in
+    int64_t across;     // patches: pieces of a row
+    int64_t width;      // patches: of a piece, but for the last
+    int tile;           // exact: positions of a tile, but for the last
+    int64_t block;      // tiles, or pieces, of a block
     int64_t blocks, parts;
     int64_t taps;   // laid out at a time: long sums go on from one part of them to the next
     int64_t first;  // task
@@ -45,12 +48,12 @@ struct Bands {
 
 struct Cutting {
     Place place;
-    int64_t word;   // bytes of a word
-    int64_t pitch;  // words from position to position, in [position][channel]
-    int64_t words;  // of a position
-    int most;       // positions of a tile
-    bool fixed;     // that every tile has as many, but for the last
-    bool banded;
+    int64_t word;           // bytes of a word
+    int64_t pitch;          // words from position to position, in [position][channel]
+    int64_t words;          // of a position
+    int most;               // positions of a tile
+    bool fixed;             // that every tile has as many, but for the last
+    bool patches, banded;   // or exact
     Bands bands;            // where it is
     std::vector<Cut> cuts;  // of the products, where it is not
     int64_t tasks;

@@ -57,11 +57,36 @@ constexpr double kPacking = 24.0, kApart = 16.0;
 
 constexpr int64_t kLongSum = 3072;
 
+// Patches of two outputs by two pay where they are many, of many channels: there is more to lay out
+// and to store, and weights, more than twice as many, come from memory where they are large.
+constexpr int64_t kPatchRows = 8, kPatchInputs = 128, kPatchOutputs = 32;
+constexpr int64_t kLargeWeights = int64_t{1} << 21, kPatchRowsOfLarge = 16;
+
+bool takes_patches(const ConvTransposeGeometry& g, const Multiplier& multiplier,
+                   const std::vector<Class> (&dims)[3][2]) {
+    if (multiplier.operands != Operands::kFloats || g.out_channels < kPatchOutputs ||
+        g.in_channels < kPatchInputs)
+        return false;
+    const int64_t weights =
+        g.in_channels * g.out_channels * g.kernel[0] * g.kernel[1] * g.kernel[2];
+    const int64_t rows = weights > kLargeWeights ? kPatchRowsOfLarge : kPatchRows;
+    for (int dim = 1; dim < 3; ++dim)
+        for (const Class& c : dims[dim][0])
+            if (c.offsets.size() != 2 || c.offsets[0] - c.offsets[1] != 1 || c.end - c.low < rows)
+                return false;
+    return true;
+}
+
 }  // namespace
 
 int64_t padded_columns(int64_t columns, const Multiplier& multiplier) {
     const int64_t half = multiplier.columns / 2;
     return (columns + half - 1) / half * half;
+}
+
+int64_t matrices_of(const Phases& phases, const Product& product) {
+    const int64_t taps = product.offsets.size();
+    return phases.patches ? taps / 4 * 9 : taps;
 }
 
 int64_t outputs_of(const Phases& phases, const Product& product) {
@@ -94,8 +119,8 @@ int64_t panels_of(const Phases& phases, const Product& product) {
 double multiplications(const Phases& phases) {
     double total = 0.0;
     for (const Product& product : phases.products)
-        total += double(product.positions()) * product.offsets.size() * phases.depth *
-                 outputs_of(phases, product);
+        total += double(product.positions()) * matrices_of(phases, product) /
+                 (phases.patches ? 4 : 1) * phases.depth * outputs_of(phases, product);
     return total * phases.geometry.groups;
 }
 
@@ -130,6 +155,8 @@ Phases phases_of(const ConvTransposeGeometry& g, const Multiplier& multiplier) {
     Phases phases{};
     phases.geometry = g;
     phases.multiplier = &multiplier;
+    phases.patches = takes_patches(g, multiplier, dims);
+    if (phases.patches) chosen = 0;  // a product a phase
     // Channels apart: the products as for channels side by side, and single numbers stored, where
     // the sums are long beside it; else the orders whose rows are rows of the output.
     int64_t longest = 0;
@@ -139,17 +166,18 @@ Phases phases_of(const ConvTransposeGeometry& g, const Multiplier& multiplier) {
         if (taps * g.in_channels > longest) longest = taps * g.in_channels;
         interleaved |= w.residues.size() > 2;
     });
-    phases.order = !g.planar             ? Order::kChannelsInner
-                   : interleaved         ? Order::kPhasesInner
-                   : longest >= kLongSum ? Order::kChannelsInner
-                                         : Order::kRows;
+    phases.order = !g.planar || phases.patches ? Order::kChannelsInner
+                   : interleaved               ? Order::kPhasesInner
+                   : longest >= kLongSum       ? Order::kChannelsInner
+                                               : Order::kRows;
     phases.depth = (g.in_channels + multiplier.depth - 1) / multiplier.depth * multiplier.depth;
     uint64_t digest = 14695981039346656037u;  // Fowler, Noll & Vo's hash
     const auto mix = [&](uint64_t value) { digest = (digest ^ value) * 1099511628211u; };
     for (int64_t value :
          {g.groups, g.in_channels, g.out_channels, g.kernel[0], g.kernel[1], g.kernel[2]})
         mix(value);
-    mix(uint64_t(multiplier.operands) << 16 | uint64_t(phases.order) << 8 | multiplier.columns);
+    mix(uint64_t(phases.patches) << 24 | uint64_t(multiplier.operands) << 16 |
+        uint64_t(phases.order) << 8 | multiplier.columns);
     for_each(chosen, [&](const Class& d, const Class& h, const Class& w) {
         Product product;
         product.low = {d.low, h.low, w.low};
@@ -170,7 +198,8 @@ Phases phases_of(const ConvTransposeGeometry& g, const Multiplier& multiplier) {
         mix(product.shifts.size());
         for (int64_t tap : product.taps) mix(tap);
         product.weights = phases.weights;
-        phases.weights += product.offsets.size() * phases.depth * padded_outputs(phases, product);
+        phases.weights +=
+            matrices_of(phases, product) * phases.depth * padded_outputs(phases, product);
         phases.products.push_back(std::move(product));
     });
     phases.digest = digest;

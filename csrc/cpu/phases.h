@@ -37,12 +37,16 @@ struct Phases {
     const Multiplier* multiplier;
     std::vector<Product> products;
     Order order;
+    bool patches;     // by winograd.h
     int64_t depth;    // of a tap: the input channels of a group, rounded up
     int64_t weights;  // elements of a group
     uint64_t digest;  // equal where the weights are packed alike
 };
 
 Phases phases_of(const ConvTransposeGeometry& geometry, const Multiplier& multiplier);
+
+// Matrices of weights that a product has: of its taps, or of patches, of which nine stand for four.
+int64_t matrices_of(const Phases& phases, const Product& product);
 
 // Products of one sample's inputs and weights, the zeros of their padding included.
 double multiplications(const Phases& phases);

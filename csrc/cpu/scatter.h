@@ -49,7 +49,7 @@ template <typename Element>
 FASTGEN_INLINE void join_eights(const Element* from, int count, Element* to) {
     int i = 0;
 #if defined(__AVX512F__)
-    const auto at = [=](int row) { return from + (i + row) * kMostColumns; };
+    const auto at = [&](int row) { return from + (i + row) * kMostColumns; };
     if constexpr (sizeof(Element) == 2) {
         const auto load = [&](int row) {
             return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(row)));
@@ -116,15 +116,19 @@ class Scatter {
             const int run = int(used - done < most ? used - done : most);
             const Coordinates& shift = product.shifts[phase];
             Element* out = place<Element>(group, channel, shift);
+            int64_t places[kMostRows];
+            int rows[kMostRows], there = 0;
             for (int i = 0; i < count; ++i) {
                 if (!at[i].interior && !is_inside(at[i].q, shift, g.stride, g.out_size)) continue;
-                Element* to = out + at[i].out;
-                const Element* from = c + i * kMostColumns + done;
-                if (step == 1)
-                    for (int j = 0; j < run; ++j) to[j] = from[j];
-                else
-                    for (int j = 0; j < run; ++j) to[j * step] = from[j];
+                places[there] = at[i].out;
+                rows[there++] = i * kMostColumns + done;
             }
+            if (step == 1)
+                for (int i = 0; i < there; ++i)
+                    for (int j = 0; j < run; ++j) out[places[i] + j] = c[rows[i] + j];
+            else  // a channel at a time: planes lie apart by powers of two, in one set of a cache
+                for (int j = 0; j < run; ++j, out += step)
+                    for (int i = 0; i < there; ++i) out[places[i]] = c[rows[i] + j];
             done += run;
         }
     }

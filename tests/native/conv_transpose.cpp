@@ -58,13 +58,19 @@ ConvTransposeGeometry any_geometry(Random& random) {
     g.in_channels = pick(random, 1, pick(random, 0, 1) ? 8 : 80);
     g.out_channels = pick(random, 1, pick(random, 0, 1) ? 5 : 70);
     const int64_t dims = pick(random, 1, 3);
+    const bool patches = dims == 2 && !pick(random, 0, 3);  // winograd.h
+    if (patches) {
+        g.in_channels = pick(random, 128, 140);
+        g.out_channels = pick(random, 32, 70);
+    }
     for (int64_t dim = 0; dim < 3; ++dim) {
         const bool used = dim >= 3 - dims;
         do {
-            g.in_size[dim] = used ? pick(random, 1, dims == 1 ? 600 : dims == 2 ? 20 : 5) : 1;
-            g.kernel[dim] = used ? pick(random, 1, 5) : 1;
-            g.stride[dim] = used ? pick(random, 1, 4) : 1;
-            g.dilation[dim] = used ? pick(random, 1, 2) : 1;
+            const int64_t most = dims == 1 ? 600 : dims == 3 ? 5 : patches ? 11 : 20;
+            g.in_size[dim] = used ? pick(random, patches ? 7 : 1, most) : 1;
+            g.kernel[dim] = used ? patches ? 4 : pick(random, 1, 5) : 1;
+            g.stride[dim] = used ? patches ? 2 : pick(random, 1, 4) : 1;
+            g.dilation[dim] = used && !patches ? pick(random, 1, 2) : 1;
             g.padding[dim] = used ? pick(random, 0, 2) : 0;
             g.out_size[dim] = (g.in_size[dim] - 1) * g.stride[dim] - 2 * g.padding[dim] +
                               g.dilation[dim] * (g.kernel[dim] - 1) + 1 +
