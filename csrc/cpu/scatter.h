@@ -123,7 +123,10 @@ class Scatter {
                 places[there] = at[i].out;
                 rows[there++] = i * kMostColumns + done;
             }
-            if (step == 1)
+            if (step == 1 && run == kMostColumns)
+                for (int i = 0; i < there; ++i)
+                    __builtin_memcpy(out + places[i], c + rows[i], kMostColumns * sizeof(Element));
+            else if (step == 1)
                 for (int i = 0; i < there; ++i)
                     for (int j = 0; j < run; ++j) out[places[i] + j] = c[rows[i] + j];
             else  // a channel at a time: planes lie apart by powers of two, in one set of a cache
