@@ -198,7 +198,7 @@ def triton_kernels(architectures, cuobjdump: str, folder: Path) -> Iterator[Kern
             for kernel in inspect(cubin, architecture, cuobjdump).values():
                 kernel.name, kernel.shared = f"triton {name}", shared
                 kernel.threads = threads_of(ptx)
-                if not name.startswith("conv_transpose"):  # matrix products promise no bits
+                if not name.startswith(("conv_transpose", "channel_epilogue")):  # promise no bits
                     kernel.breaches += [f"PTX {m}" for m in sorted(inexact(ptx))]
                 yield kernel
 

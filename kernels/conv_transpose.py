@@ -484,6 +484,8 @@ def conv_transpose(
     if config is None:
         config = configs(sizes, batch, inputs, outputs, groups, activation, input.dtype, tf32,
                          processors(input.device))[0]  # fmt: skip
+    if config.merged and not sizes.can_merge():
+        raise ValueError(f"config: {config} merges phases that read other inputs")
     grid = _grid(config, sizes, batch, outputs, groups)
     x, weight = _channels_inner(input, 1), _channels_inner(weight, 1)
     vectors = [None if v is None else v.contiguous() for v in (bias, scale, shift)]

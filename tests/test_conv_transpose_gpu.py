@@ -125,8 +125,8 @@ def test_the_pass_behind_pytorchs_operator(shape, dtype, planar):
 
 def layer(backend="gpu", dtype=torch.bfloat16, weight=(64, 32, 4, 4), groups=1, tf32=False):
     dims = len(weight) - 2
-    return gpu.Layer(backend, torch.device("cpu"), dtype, tf32, 4, weight, (2,) * dims, groups,
-                     (1,) * dims, "relu", (False, False, False))  # fmt: skip
+    return gpu.Layer(backend, torch.device("cpu"), dtype, tf32, 4, (False,) * dims, weight,
+                     (2,) * dims, groups, (1,) * dims, "relu", (False, False, False))  # fmt: skip
 
 
 def backends_of(*arguments, **options):
@@ -181,6 +181,42 @@ def test_the_fastest_is_kept_for_sizes_like_it(monkeypatch):
     first = next(iter(gpu.chosen.values()))
     assert first == measured[1]
     assert [route.backend for route in measured[:2]] == ["torch", "triton"]
+
+
+@interpreted
+def test_phases_that_read_other_inputs_are_not_merged(monkeypatch):
+    """A kernel of 3 is a multiple of the stride that one position has, and not of 2."""
+    monkeypatch.setattr(gpu, "is_measured", lambda input: True)
+    monkeypatch.setattr(gpu, "chosen", {})
+    of = gpu.routes_of
+
+    def products(*arguments):
+        return [route for route in of(*arguments) if route.backend == "triton"][:1]
+
+    monkeypatch.setattr(gpu, "routes_of", products)
+    weight = normal(6, 5, 3, 3, seed=1)
+    for shape in ((4, 6, 1, 1), (2, 6, 1, 2), (1, 6, 2, 2)):
+        x = normal(*shape)
+        y = gpu.conv_transpose(x, weight, None, (2, 2), (0, 0), (0, 0), 1, (1, 1), None, None, None,
+                               0.0, None, F.conv_transpose2d(x, weight, None, 2).shape, None,
+                               "gpu")  # fmt: skip
+        exact = testing.oracle(F.conv_transpose2d, x, weight, None, 2)
+        testing.assert_close_to_oracle(y, F.conv_transpose2d(x, weight, None, 2), exact, 2.0)
+    assert [route.config.merged for route in gpu.chosen.values()] == [True, False, False]
+    sizes = (1, 5, 5, 5)
+    with pytest.raises(ValueError, match="merges phases"):
+        kernels.conv_transpose(x, weight, None, (2, 2), (0, 0), (0, 0), 1, (1, 1), None, None,
+                               None, 0.0, torch.empty(sizes),
+                               kernels.Config(16, 16, 16, 4, 2, merged=True))  # fmt: skip
+
+
+def test_without_memory_to_time_it_the_first_guess_runs(monkeypatch):
+    def milliseconds(run):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu, "milliseconds", milliseconds)
+    routes = [gpu.Route("torch"), gpu.Route("cuda")]
+    assert gpu.fastest(routes, lambda route: None) == routes[0]
 
 
 def test_a_way_that_does_not_run_is_left_out(monkeypatch):

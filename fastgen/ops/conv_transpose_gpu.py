@@ -45,6 +45,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype
     tf32: bool
     positions: int  # of input, batch included: log2, rounded up
+    single: tuple[bool, ...]  # dims with one position, where any stride will do
     weight: tuple[int, ...]
     stride: tuple[int, ...]
     groups: int
@@ -81,7 +82,8 @@ def conv_transpose(
     positions = input.shape[0] * math.prod(input.shape[2:])
     layer = Layer(
         backend, input.device, input.dtype, is_tf32(input), (positions - 1).bit_length(),
-        tuple(weight.shape), tuple(stride), groups, tuple(dilation), activation,
+        tuple(n == 1 for n in input.shape[2:]), tuple(weight.shape), tuple(stride), groups,
+        tuple(dilation), activation,
         (conv_transpose_cpu.is_planar(input), weight.stride(1) != 1, planar),
     )  # fmt: skip
     if backend == "cuda":
@@ -159,6 +161,8 @@ def fastest(routes: Sequence[Route], run: Callable[[Route], Tensor]) -> Route:
     for route in routes:
         try:
             times[route] = milliseconds(functools.partial(run, route))
+        except torch.OutOfMemoryError:  # to time it takes some more
+            return routes[0]
         except Exception as error:
             if route.backend == "torch":  # what is wrong here is wrong for all
                 raise
