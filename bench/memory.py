@@ -7,6 +7,7 @@ says of it (Linux alone), so that what oneDNN and fastgen's module allocate coun
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -93,6 +94,8 @@ def in_a_process(code: str) -> Any:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="About a minute.")
+    parser.parse_args()
     from rich.console import Console
     from rich.table import Table
 

@@ -386,7 +386,8 @@ def _fused_conv(conv: nn.Module, name: str, match: _Match, norm: nn.Module | Non
     told = Layer(name, None if norm is None else type(norm).__name__, match.activation, match.why)
     cls = type(conv)
     if isinstance(conv, _Fused):
-        return told._replace(norm=None, activation=None, why="it is fused already")
+        norm_class = None if conv._norm is None else conv._norm_class.__name__
+        return told._replace(norm=norm_class, activation=conv.activation, why="fused before")
     plain = cls.__mro__[1] if parametrize.is_parametrized(conv) else cls
     if plain not in FUSED:
         return told._replace(norm=None, activation=None, why=f"{cls.__name__} is left as it is")

@@ -54,8 +54,8 @@ class _ConvTranspose(nn.modules.conv._ConvTransposeNd):
         """On a GPU, with its output channels side by side, as the kernels there read it: in another
         order it would be copied at every call."""
         weight = self._parameters.get("weight")  # None where it is parametrized
-        if weight is not None and _is_on_gpu(weight) and weight.stride(1) != 1:
-            weight.data = conv_transpose_cpu.laid_out(weight, False)
+        if weight is not None and (as_read := _as_read(weight)) is not weight:
+            weight.data = as_read
 
     @property
     def memory_format(self) -> torch.memory_format | None:
@@ -126,6 +126,13 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
 
 def _is_on_gpu(weight: Tensor) -> bool:
     return weight.is_cuda
+
+
+def _as_read(weight: Tensor) -> Tensor:
+    """The same weight in the order that its device's kernels read best."""
+    if _is_on_gpu(weight) and weight.stride(1) != 1:
+        return conv_transpose_cpu.laid_out(weight.detach(), False)
+    return weight
 
 
 # ---- with a normalisation folded in, as ``fastgen.fuse`` makes them ------------------------------
@@ -204,7 +211,7 @@ class _Fused(_ConvTranspose):
         parts = (*made_of.parameters(), *made_of.buffers())
         if self.training or _is_traced() or _differentiated(parts):
             return self.weight
-        return self._remembered("weight", parts, None, lambda: self.weight)
+        return self._remembered("weight", parts, None, lambda: _as_read(self.weight))
 
     def _remembered(self, name: str, parts: tuple, option: Any, make: Callable[[], Any]) -> Any:
         """What is made of tensors, made anew where one of them is another or has changed."""

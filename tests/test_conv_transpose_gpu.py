@@ -219,6 +219,27 @@ def test_without_memory_to_time_it_the_first_guess_runs(monkeypatch):
     assert gpu.fastest(routes, lambda route: None) == routes[0]
 
 
+@interpreted
+def test_deterministic_algorithms_take_the_first_guess(monkeypatch):
+    x, weight = normal(1, 20, 9), normal(20, 24, 4, seed=1)
+    found = []
+    monkeypatch.setattr(gpu, "chosen", {})
+    monkeypatch.setattr(gpu, "_run", lambda route, *arguments: found.append(route))
+
+    def ours():
+        gpu.conv_transpose(x, weight, None, (2,), (1,), (0,), 1, (1,), None, None, None, 0.2, None,
+                           (1, 24, 18), None, "gpu")  # fmt: skip
+
+    monkeypatch.setattr(gpu, "is_measured", lambda input: True)
+    monkeypatch.setattr(gpu, "fastest", lambda routes, run: routes[-1])
+    ours()
+    monkeypatch.setattr(gpu, "is_measured", lambda input: False)
+    ours()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    ours()
+    assert [route.backend for route in found] == ["triton", "triton", "torch"]
+
+
 def test_a_way_that_does_not_run_is_left_out(monkeypatch):
     class OutOfResources(Exception): ...
 

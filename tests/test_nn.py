@@ -120,3 +120,7 @@ def test_on_a_gpu_weights_have_their_output_channels_side_by_side(monkeypatch):
     torch.nn.utils.parametrizations.weight_norm(normed)
     normed.to(torch.bfloat16)  # whose weight is no parameter
     assert normed(torch.ones(1, 4, 5, dtype=torch.bfloat16)).shape == (1, 4, 7)
+    fused = fastgen.fuse(nn.Sequential(normed).eval())
+    with torch.no_grad():
+        assert fused[0]._own_weight().stride(1) == 1
+        assert torch.equal(fused[0]._own_weight(), normed.weight)
