@@ -236,9 +236,9 @@ def info() -> str:
             "",
             "conv_transpose on the cpu: products of packed weights; or PyTorch's operator, and one",
             "pass behind it, where that was measured to be faster: channels last with groups, or",
-            "with kernels that are no multiple of their stride (conv_transpose_cpu.is_packed)",
-            "on a gpu: triton's matrix products, cuda's plain sums for few channels a group, or",
-            "PyTorch's operator and one pass behind it, by what was the fastest when a layer first",
-            "met a size (ops.conv_transpose_gpu.chosen)",
+            "with kernels that are no multiple of their stride",
+            "(fastgen.ops.conv_transpose_cpu.is_packed).",
+            "conv_transpose on a gpu, by default: triton, cuda or PyTorch's operator, whichever was",
+            "the fastest when a layer first met a size (fastgen.ops.conv_transpose_gpu.chosen).",
         ]
     return "\n".join(lines)

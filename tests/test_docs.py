@@ -33,10 +33,10 @@ def test_readme():
 
 
 def test_generators():
-    first, layer, freezing = blocks("docs/generators.md")
+    first, layer, choices, freezing = blocks("docs/generators.md")
     given = {}
-    exec(first, given)
-    exec(layer, given)
+    for block in (first, layer, choices):
+        exec(block, given)
     assert fastgen.explain(given["fast"]).count("with BatchNorm2d and relu") == 2
     assert given["images"].shape == (16, 3, 16, 16)
     assert "torch._inductor.config.freezing = True" in freezing  # compiles for seconds: not run

@@ -51,18 +51,18 @@ def conv_transpose2d(
         "gelu" (the exact form).
     out: where to write; (B, C_out, H', W') of the input's dtype, overlapping no input partly.
     backend: "cpu", "cuda", "triton" or "reference"; by default the best that serves
-        (``fastgen.info``). On a GPU the ways to run a layer are timed where it first meets a size
-        (``ops.conv_transpose_gpu``), but under ``torch.use_deterministic_algorithms`` or in the
-        capture of a CUDA graph.
+        (``fastgen.info``).
     memory_format: of the result, torch.contiguous_format or torch.channels_last (for one dimension,
         (B, L, C) in memory); not beside ``out``.
 
-    On the CPU the weight is kept in the order that the kernel reads, a second copy, for as long as
-    it lives and stays the same, but for training (what is written through ``.data``, or to an
-    inference tensor, is seen by a thousand numbers of a large weight: write single ones to a
-    parameter, under ``torch.no_grad``). A sample's
-    result does not depend on its batch there, where ``ops.conv_transpose_cpu.is_packed`` chooses
-    our product and not PyTorch's.
+    On the CPU the weight is kept a second time, in the order that the kernel reads, until it dies
+    or changes (not in training). Of what is written through ``.data`` or NumPy, or to an inference
+    tensor, a thousand numbers are looked at: a change of single ones is seen where it is made under
+    ``torch.no_grad``. A sample's result does not depend on its batch there, where
+    ``fastgen.ops.conv_transpose_cpu.is_packed`` chooses our product and not PyTorch's.
+    On a GPU the ways to run a layer, PyTorch's operator among them, are timed where it first meets
+    a size (``fastgen.ops.conv_transpose_gpu``); under ``torch.use_deterministic_algorithms``, and
+    in the capture of a CUDA graph, the first guess runs.
 
     Under ``torch.autocast`` input and weight take its dtype, as in PyTorch.
     The error against float64 is at most twice that of PyTorch's own operators. Gradients reach
