@@ -238,7 +238,7 @@ def info() -> str:
             "pass behind it, where that was measured to be faster: channels last with groups, or",
             "with kernels that are no multiple of their stride",
             "(fastgen.ops.conv_transpose_cpu.is_packed).",
-            "conv_transpose on a gpu, by default: triton, cuda or PyTorch's operator, whichever was",
-            "the fastest when a layer first met a size (fastgen.ops.conv_transpose_gpu.chosen).",
+            "conv_transpose on a gpu, by default: triton, cuda or PyTorch's operator, whichever",
+            "was the fastest when a layer first met a size (see fastgen.ops.conv_transpose_gpu).",
         ]
     return "\n".join(lines)
