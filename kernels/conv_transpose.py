@@ -564,8 +564,24 @@ def specializations():
             for config in found if layer == "square" else found[:1]:
                 title = f"conv_transpose {kind} {layer} {config.block_m}x{config.block_n}"
                 yield title, conv_transpose_kernel, _specialized(kind, config, layer, activation)
-    reduces = _specialized("bf16", Config(16, 64, 64, 4, 4), "split", "relu") | {"REDUCES": 8}
-    yield "conv_transpose bf16 reduces", conv_transpose_kernel, reduces
+    usual = _specialized("bf16", Config(64, 64, 64, 4, 4), "square", "relu")
+    line, numbers = (1, 1, "i32"), ("i32",) * 3
+    others = {
+        "reduces": {"REDUCES": 8, "partials": "*fp32:16"},
+        "signal": {
+            "in_size": line, "out_size": line, "positions": line, "taps": line, "stride": line,
+            "step": line, "padding": numbers, "inverse": ("i32", "i32", 1), "MERGED": True,
+            "x_stride": ("i32:16", 1, "i32", "i32", "i32:16"),
+            "out_stride": ("i32:16", "i32", 1, 1, 1),
+        },
+        "volume, dilated": {
+            "in_size": numbers, "out_size": numbers, "positions": numbers, "taps": numbers,
+            "stride": numbers, "padding": (1, 1, 1), "common": numbers, "inverse": numbers,
+            "step": numbers, "back": numbers, "LARGE": True,
+        },
+    }  # fmt: skip
+    for name, changed in others.items():
+        yield f"conv_transpose bf16 {name}", conv_transpose_kernel, usual | changed
     for kind, last in itertools.product(("fp32", "bf16"), (False, True)):
         vector = "*fp32:16"
         yield f"channel_epilogue {kind}{' last' * last}", channel_epilogue_kernel, {
