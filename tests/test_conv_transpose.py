@@ -238,6 +238,21 @@ def test_layers_of_generators(name, dtype, last):
         assert result.is_contiguous(memory_format=LAST[case.dims])
 
 
+def test_a_phase_of_patches_may_have_no_taps():
+    x, weight = normal(1, 128, 4, 9, 9), normal(128, 32, 1, 4, 4, seed=1)
+    Case(x, weight, None, {"stride": 2, "padding": (0, 1, 1)}).check(backend="cpu")
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_bits_do_not_depend_on_how_a_sum_is_cut(kernel):
+    """Of many taps, fewer are laid out at a time where positions are many."""
+    x, weight = normal(9, 192, 4, 4), normal(192, 64, kernel, kernel, seed=1)
+    whole = fastgen.conv_transpose2d(x, weight, padding=kernel // 2)
+    for batch in (1, 2, 4, 7):
+        few = fastgen.conv_transpose2d(x[:batch], weight, padding=kernel // 2)
+        assert_bitwise(few, whole[:batch])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation):
     for shape in ((1, 30, 6, 4, 4), (2, 30, 20, 20, 20)):  # by columns, direct

@@ -90,8 +90,15 @@ class Worker {
                     lay_out(product.offsets[tap], input_of(group), at + done, count,
                             to + offsets[tap - sum.begin] * cutting_.word, cut.tile);
             }
-            const Inputs inputs{laid,          offsets, pitch,   int(sum.end - sum.begin),
-                                phases_.depth, false,   nullptr, 0};
+            const Inputs inputs{laid,
+                                offsets,
+                                pitch,
+                                int(sum.end - sum.begin),
+                                phases_.depth,
+                                sum.all * phases_.depth,
+                                false,
+                                nullptr,
+                                0};
             multiply(product, group, inputs, words * cutting_.word, positions, cut.tile, at, part,
                      cut.parts, sum);
             sum.begin = sum.end;
@@ -247,7 +254,9 @@ class Worker {
                 offsets[t] = words * (row * b.row_cells + b.left + own[2].low + tap[2] - origin[2]);
             }
             const int tile = cutting_.tile_of(positions);
-            const Inputs inputs{laid, offsets, pitch, int(taps), phases_.depth, false, nullptr, 0};
+            const Inputs inputs{laid,      offsets,       pitch,
+                                int(taps), phases_.depth, taps * phases_.depth,
+                                false,     nullptr,       0};
             multiply(product, group, inputs, tile * step, positions, tile, at, part, b.parts,
                      {0, taps, taps});
         }
@@ -290,7 +299,8 @@ class Worker {
         }
         int64_t* offsets = offset_room_.of_type<int64_t>(deep);
         for (int64_t tap = 0; tap < deep; ++tap) offsets[tap] = tap * most * pitch;
-        const Inputs inputs{laid, offsets, pitch, int(deep), phases_.depth, false, nullptr, 0};
+        const Inputs inputs{laid,  offsets, pitch, int(deep), phases_.depth, deep * phases_.depth,
+                            false, nullptr, 0};
         multiply_patches(product, group, inputs, apart, patches, most, at, part, cut.parts);
     }
 

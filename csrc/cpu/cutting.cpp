@@ -132,7 +132,7 @@ class Cutter {
             cut.taps = matrices_of(phases_, product);
             const int64_t lines = batch_ * product.count[0] * pieces(product.count[1], 2);
             const int64_t width = pieces(product.count[2], 2);
-            int64_t fits = kPatchBytes / (cut.taps * made_.words * made_.word);
+            int64_t fits = kPatchBytes / (cut.taps * made_.words * made_.word + 1);
             if (fits < made_.most) fits = made_.most;
             cut.across = pieces(width, fits);
             cut.width = pieces(width, cut.across);

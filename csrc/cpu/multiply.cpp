@@ -40,7 +40,7 @@ void multiply_tile(const Inputs& x, const float* weights, float* c) {
         for (int v = 0; v < V; ++v) sum[i][v] = Vector{};
     int64_t pitch = x.pitch, pending = 0;
     const char *ahead = x.ahead, *ahead_end = ahead + 64 * x.ahead_lines;
-    const int64_t partial = partial_of(x.taps * x.depth);
+    const int64_t partial = partial_of(x.products);
     const int64_t chunks = x.taps * ((x.depth + partial - 1) / partial);
     const int64_t ahead_step = chunks > 0 ? 64 * ((x.ahead_lines + chunks - 1) / chunks) : 0;
     bool first = !x.add;

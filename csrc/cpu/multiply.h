@@ -23,7 +23,8 @@ struct Inputs {
     int64_t pitch;
     int taps;
     int64_t depth;
-    bool add;  // to what c holds
+    int64_t products;  // of the whole sum, which may go on from one part of the taps to the next
+    bool add;          // to what c holds
     // What to fetch into the second cache meanwhile: the weights of a later tile.
     const char* ahead;
     int64_t ahead_lines;
