@@ -238,6 +238,17 @@ def test_layers_of_generators(name, dtype, last):
         assert result.is_contiguous(memory_format=LAST[case.dims])
 
 
+def test_a_shallow_copy_of_a_weight_leaves_nothing_behind():
+    weight, x = torch.nn.Parameter(normal(64, 40, 4, 4)), normal(1, 64, 9, 9, seed=1)
+    with torch.no_grad():
+        for _ in range(5):
+            fastgen.conv_transpose2d(x, copy.copy(weight), None, 2, 1)
+            weight[17, 5, 1, 1] += 100.0
+            few = fastgen.conv_transpose2d(x, copy.copy(weight), None, 2, 1)
+            fresh = fastgen.conv_transpose2d(x, weight.clone(), None, 2, 1)
+            assert_bitwise(few, fresh)
+
+
 def test_a_phase_of_patches_may_have_no_taps():
     x, weight = normal(1, 128, 4, 9, 9), normal(128, 32, 1, 4, 4, seed=1)
     Case(x, weight, None, {"stride": 2, "padding": (0, 1, 1)}).check(backend="cpu")

@@ -146,8 +146,7 @@ def packed(weight: Tensor, layout: Any) -> Tensor:
         return known.data
     data = backends.on_huge_pages(torch.empty(layout.bytes, dtype=torch.uint8))
     backends.native().conv_transpose_pack(weight, data, layout, torch.get_num_threads())
-    if mark is None:
-        mark = weight.__dict__[_MARK] = OrderedDict()
+    mark = weight.__dict__[_MARK] = OrderedDict()  # a new one: a shallow copy shares the last
     held = weakref.ref(mark, functools.partial(_forget, key))
     _packed[key] = Packed(held, state, layout.digest, data)
     return data

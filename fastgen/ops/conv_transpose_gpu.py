@@ -93,7 +93,10 @@ def conv_transpose(
         routes = routes_of(layer, input.shape, shape, padding)
         route = routes[0]
         if is_measured(input):
-            route = chosen[layer] = fastest(routes, run)
+            with torch.cuda.device(input.device if input.is_cuda else -1):
+                found = fastest(routes, run)
+            if found is not None:
+                route = chosen[layer] = found
     return run(route)
 
 
@@ -152,9 +155,9 @@ def is_measured(input: Tensor) -> bool:
     )
 
 
-def fastest(routes: Sequence[Route], run: Callable[[Route], Tensor]) -> Route:
-    """By the median of a few runs with cold caches. One that does not run here is left out, with a
-    warning where it should have."""
+def fastest(routes: Sequence[Route], run: Callable[[Route], Tensor]) -> Route | None:
+    """By the median of a few runs with cold caches; None without memory to time them. One that does
+    not run here is left out, with a warning where it should have."""
     if len(routes) == 1:
         return routes[0]
     times: dict[Route, float] = {}
@@ -162,7 +165,7 @@ def fastest(routes: Sequence[Route], run: Callable[[Route], Tensor]) -> Route:
         try:
             times[route] = milliseconds(functools.partial(run, route))
         except torch.OutOfMemoryError:  # to time it takes some more
-            return routes[0]
+            return None
         except Exception as error:
             if route.backend == "torch":  # what is wrong here is wrong for all
                 raise
