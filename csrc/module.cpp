@@ -172,14 +172,19 @@ struct ConvTransposeLayout : Phases {
     }
 };
 
+// (C_in, C_out, [D, [H,]] W).
+void read_weight(Tensor& tensor, py::handle source) {
+    View view;
+    read_tensor(tensor, source, view);
+    tensor.stride[0] = view.stride[0];
+    tensor.stride[1] = view.stride[1];
+    read_strides(view, 2, tensor.stride + 2);
+}
+
 void conv_transpose_pack(py::handle weight, py::handle packed, const ConvTransposeLayout& layout,
                          int threads) {
     PackParams p{};
-    View view;
-    read_tensor(p.weight, weight, view);
-    p.weight.stride[0] = view.stride[0];
-    p.weight.stride[1] = view.stride[1];
-    read_strides(view, 2, p.weight.stride + 2);
+    read_weight(p.weight, weight);
     p.packed = address(packed);
     p.phases = &layout;
     py::gil_scoped_release release;
@@ -245,11 +250,7 @@ void conv_transpose_direct(py::handle in, py::handle weight, py::handle out, py:
                            py::handle bias, py::handle scale, py::handle shift, int activation,
                            double negative_slope, int, [[maybe_unused]] py::handle stream) {
     DirectConvTransposeParams p{};
-    View view;
-    read_tensor(p.weight, weight, view);
-    p.weight.stride[0] = view.stride[0];
-    p.weight.stride[1] = view.stride[1];
-    read_strides(view, 2, p.weight.stride + 2);
+    read_weight(p.weight, weight);
     read_images(p.in, in);
     p.batch = read_images(p.out, out);
     p.geometry = read_geometry(geometry);

@@ -308,11 +308,7 @@ class Worker {
     void multiply_patches(const Product& product, int64_t group, Inputs inputs, int64_t apart,
                           int64_t patches, int64_t most, const Row* at, int64_t part,
                           int64_t parts) {
-        const int64_t count = outputs_of(phases_, product), span = span_of(phases_, product);
-        const int64_t padded = padded_outputs(phases_, product);
-        const int64_t all = panels_of(phases_, product), begin = all * part / parts * span;
-        int64_t end = all * (part + 1) / parts * span;
-        if (end > padded) end = padded;
+        const auto [count, span, begin, end] = share_of(product, part, parts);
         if (begin >= end) return;
         float* vectors = vector_room_.of_type<float>(3 * (end - begin));
         lay_out_vectors(product, group, begin, end, count, vectors);
@@ -401,15 +397,24 @@ class Worker {
 
     int width_of(int count) const { return count > m_.columns / 2 ? m_.columns : m_.columns / 2; }
 
+    // What a part of the weights makes of a product's outputs: whole panels of `span`.
+    struct Share {
+        int64_t count, span, begin, end;  // count: of all outputs, without padding
+    };
+
+    Share share_of(const Product& product, int64_t part, int64_t parts) const {
+        const int64_t span = span_of(phases_, product), all = panels_of(phases_, product);
+        const int64_t padded = padded_outputs(phases_, product);
+        const int64_t end = all * (part + 1) / parts * span;
+        return {outputs_of(phases_, product), span, all * part / parts * span,
+                end < padded ? end : padded};
+    }
+
     // All positions, `tile_bytes` from tile to tile, by a part of the weights.
     void multiply(const Product& product, int64_t group, Inputs inputs, int64_t tile_bytes,
                   int64_t positions, int tile, const Row* at, int64_t part, int64_t parts,
                   const Sum& sum) {
-        const int64_t count = outputs_of(phases_, product), most = span_of(phases_, product);
-        const int64_t padded = padded_outputs(phases_, product);
-        const int64_t all = panels_of(phases_, product), begin = all * part / parts * most;
-        int64_t end = all * (part + 1) / parts * most;
-        if (end > padded) end = padded;
+        const auto [count, most, begin, end] = share_of(product, part, parts);
         if (begin >= end) return;
         float* vectors = vector_room_.of_type<float>(3 * (end - begin));
         if (sum.end == sum.all) lay_out_vectors(product, group, begin, end, count, vectors);

@@ -163,7 +163,14 @@ def _forget(key: int, of: weakref.ref[OrderedDict]) -> None:
         del _packed[key]
 
 
-def _floats(values: Tensor | None) -> Tensor | None:
+def is_result_planar(input: Tensor, out: Tensor | None, last: bool | None) -> bool:
+    """Of ``out`` as it lies, or of what is to be made in the format asked for."""
+    if out is not None:
+        return out.stride(1) != 1 or out.shape[1] == 1
+    return is_planar(input) if last is None else not last
+
+
+def floats(values: Tensor | None) -> Tensor | None:
     if values is None or (values.dtype is torch.float32 and values.is_contiguous()):
         return values
     return values.float().contiguous()
@@ -187,10 +194,7 @@ def conv_transpose(
 ) -> Tensor:
     """``out``, or a new tensor where it is None; plain tensors, checked already."""
     channels = weight.shape[1] * groups
-    if out is None:
-        planar = is_planar(input) if last is None else not last
-    else:
-        planar = out.stride(1) != 1 or out.shape[1] == 1
+    planar = is_result_planar(input, out, last)
     by_product = is_packed(input, weight, stride, groups, planar)
     result, is_empty = out, input.shape[0] == 0
     if by_product or is_empty:
@@ -205,7 +209,7 @@ def conv_transpose(
             return result
     if by_product and result is not None:
         epilogue = (CODES[activation], negative_slope, torch.get_num_threads())
-        vectors = (_floats(bias), _floats(scale), _floats(shift))
+        vectors = (floats(bias), floats(scale), floats(shift))
         data = packed(weight, geometry.layout)
         backends.native().conv_transpose(input, data, result, geometry.layout, *vectors, *epilogue)
     else:
@@ -257,7 +261,7 @@ def by_operator(
     target = out
     if target is None or target.dtype is not y.dtype or target.stride() != y.stride():
         target = y if y.dtype is input.dtype else torch.empty_like(y, dtype=input.dtype)
-    vectors = (None if inside else _floats(bias), _floats(scale), _floats(shift))
+    vectors = (None if inside else floats(bias), floats(scale), floats(shift))
     bare = activation is None and all(v is None for v in vectors)
     if not bare or target is not y:
         epilogue(y, target, planar, *vectors, activation, negative_slope)

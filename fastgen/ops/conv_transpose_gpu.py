@@ -69,10 +69,7 @@ def conv_transpose(
     """
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation, scale,
                  shift, activation, negative_slope)  # fmt: skip
-    if out is None:
-        planar = conv_transpose_cpu.is_planar(input) if last is None else not last
-    else:
-        planar = out.stride(1) != 1 or out.shape[1] == 1
+    planar = conv_transpose_cpu.is_result_planar(input, out, last)
     if math.prod(shape) == 0:
         return conv_transpose_cpu.empty(input, shape, not planar) if out is None else out
 
@@ -196,7 +193,7 @@ def _run(
         call("triton", "conv_transpose", "conv_transpose", input.device, *arguments, out,
              route.config, is_tf32(input))  # fmt: skip
         return out
-    vectors = [None if v is None else v.float().contiguous() for v in (bias, scale, shift)]
+    vectors = map(conv_transpose_cpu.floats, (bias, scale, shift))
     geometry = conv_transpose_cpu.numbers_of(
         input.shape[2:], out.shape[2:], weight.shape, stride, padding, groups, dilation, planar
     )
