@@ -4,23 +4,16 @@
 
 #include "kernels.h"
 #include "tile.h"
+#include "vector.h"
 
 namespace fastgen::FASTGEN_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 14;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 6;
-#else
-constexpr int kLanes = 4, kRows = 4;
-#endif
+constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;  // as the registers allow
 constexpr int kColumns = 2 * kLanes;
 
 // Products of a partial sum. A short sum must not be one chain: PyTorch has one for each tap.
 int64_t partial_of(int64_t products) { return products < 256 ? 16 : 64; }
-
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 FASTGEN_INLINE Vector multiply_add(float a, Vector b, Vector c) {
 #if defined(__AVX512F__)

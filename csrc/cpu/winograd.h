@@ -7,28 +7,20 @@
 
 #include "multiply.h"
 #include "tile.h"
+#include "vector.h"
 
 namespace fastgen::FASTGEN_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kPatchLanes = 16;
-#elif defined(__AVX__)
-constexpr int kPatchLanes = 8;
-#else
-constexpr int kPatchLanes = 4;
-#endif
-typedef float Lanes __attribute__((vector_size(4 * kPatchLanes), aligned(4), may_alias));
-
-FASTGEN_INLINE Lanes& lanes(const float* at) {
-    return *const_cast<Lanes*>(reinterpret_cast<const Lanes*>(at));
+FASTGEN_INLINE Vector& lanes(const float* at) {
+    return *const_cast<Vector*>(reinterpret_cast<const Vector*>(at));
 }
 
 // Of 3x3 inputs, `across` and `down` from one to the next, to nine places `apart` from each other.
 // Whole vectors of channels: there must be room for the last one.
 FASTGEN_INLINE void patch_of(const float* in, int64_t across, int64_t down, int64_t channels,
                              float* to, int64_t apart) {
-    for (int64_t c = 0; c < channels; c += kPatchLanes) {
-        Lanes t[3][3];
+    for (int64_t c = 0; c < channels; c += kLanes) {
+        Vector t[3][3];
         for (int j = 0; j < 3; ++j) {
             const float* d = in + j * across + c;
             t[1][j] = lanes(d + down);
@@ -46,11 +38,11 @@ FASTGEN_INLINE void patch_of(const float* in, int64_t across, int64_t down, int6
 
 // Nine tiles of products, `apart`, become four of outputs: at 3 i + j, i and j of 0 and 1.
 FASTGEN_INLINE void outputs_of_products(float* products, int64_t apart, int64_t count) {
-    for (int64_t k = 0; k < count; k += kPatchLanes) {
+    for (int64_t k = 0; k < count; k += kLanes) {
         float* m = products + k;
-        Lanes s[2][3];
+        Vector s[2][3];
         for (int j = 0; j < 3; ++j) {
-            const Lanes middle = lanes(m + (3 + j) * apart);
+            const Vector middle = lanes(m + (3 + j) * apart);
             s[0][j] = lanes(m + j * apart) + middle;
             s[1][j] = middle + lanes(m + (6 + j) * apart);
         }
